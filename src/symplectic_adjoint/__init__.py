@@ -1,0 +1,1 @@
+"""Differentiable ODE solvers for PyTorch with the exact gradient of the computed solution."""
