@@ -1,0 +1,12 @@
+"""Butcher tableaus as data: frozen, self-validating, registered by name.
+
+To add a method, write a function without arguments that returns its :class:`Tableau` in a module of
+``symplectic_adjoint.tableaus.methods`` and list it in that module's ``__all__``.
+"""
+
+from __future__ import annotations
+
+from ._registry import UnknownTableauError, get, names
+from ._tableau import Butcher, Tableau, TableauError
+
+__all__ = ["Butcher", "Tableau", "TableauError", "UnknownTableauError", "get", "names"]
