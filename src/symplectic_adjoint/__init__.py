@@ -1,1 +1,68 @@
-"""Differentiable ODE solvers for PyTorch with the exact gradient of the computed solution."""
+"""Differentiable ODE solvers for PyTorch with the exact gradient of the computed solution.
+
+Example:
+    >>> import torch
+    >>> import symplectic_adjoint as sa
+    >>> net = torch.nn.Linear(2, 2)
+    >>> y = sa.odeint(lambda t, y: net(y), torch.randn(5, 2), torch.linspace(0.0, 1.0, 3))
+    >>> y.square().sum().backward()
+    >>> net.weight.grad.shape
+    torch.Size([2, 2])
+"""
+
+from symplectic_adjoint._errors import (
+    ArgumentError,
+    CaptureError,
+    FieldOutputError,
+    NonFiniteError,
+    SecondDerivativeError,
+    SolveError,
+    Status,
+    StepLimitError,
+    StepUnderflowError,
+    SymplecticAdjointError,
+    TableauError,
+    UnknownNameError,
+)
+from symplectic_adjoint.api import odeint, solve
+from symplectic_adjoint.controllers import Adaptive, FixedGrid
+from symplectic_adjoint.gradients import (
+    ACA,
+    MALI,
+    Backprop,
+    Checkpoint,
+    Continuous,
+    Symplectic,
+)
+from symplectic_adjoint.loop import Stats
+from symplectic_adjoint.solution import Solution
+from symplectic_adjoint.steppers import ALF, ExplicitRK
+
+__all__ = [
+    "ACA",
+    "ALF",
+    "MALI",
+    "Adaptive",
+    "ArgumentError",
+    "Backprop",
+    "CaptureError",
+    "Checkpoint",
+    "Continuous",
+    "ExplicitRK",
+    "FieldOutputError",
+    "FixedGrid",
+    "NonFiniteError",
+    "SecondDerivativeError",
+    "Solution",
+    "SolveError",
+    "Stats",
+    "Status",
+    "StepLimitError",
+    "StepUnderflowError",
+    "Symplectic",
+    "SymplecticAdjointError",
+    "TableauError",
+    "UnknownNameError",
+    "odeint",
+    "solve",
+]

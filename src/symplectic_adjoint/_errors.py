@@ -1,0 +1,89 @@
+"""Typed errors. Each message says what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+import enum
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from symplectic_adjoint.solution import Solution
+
+
+class Status(enum.Enum):
+    """How a solve ended."""
+
+    SUCCESS = "success"
+    NON_FINITE = "non-finite value"
+    STEP_UNDERFLOW = "step underflow"
+    STEP_LIMIT = "step limit"
+
+
+class SymplecticAdjointError(Exception):
+    """Base class of every error of this library."""
+
+
+class ArgumentError(SymplecticAdjointError, ValueError):
+    """An argument is unusable; raised before anything is computed."""
+
+
+class UnknownNameError(ArgumentError):
+    """A method, strategy or option is unknown; the message names the nearest valid one.
+
+    Example:
+        >>> print(UnknownNameError("method", "dopri6", ["dopri5", "euler"]))
+        unknown method 'dopri6'; did you mean 'dopri5'? Valid: 'dopri5', 'euler'
+    """
+
+    def __init__(self, kind: str, name: object, valid: Iterable[str]) -> None:
+        names = sorted(valid)
+        near = difflib.get_close_matches(str(name), names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        super().__init__(f"unknown {kind} {name!r}{hint} Valid: {', '.join(map(repr, names))}")
+
+
+class TableauError(SymplecticAdjointError, ValueError):
+    """A Butcher tableau or interpolant contradicts its declared shape, order or row sums."""
+
+
+class FieldOutputError(SymplecticAdjointError, TypeError):
+    """``func`` returned something that is not a derivative of the state."""
+
+
+class CaptureError(SymplecticAdjointError, RuntimeError):
+    """``func`` depends on a tensor that requires grad and that could not be found."""
+
+
+class SecondDerivativeError(SymplecticAdjointError, RuntimeError):
+    """A second derivative was asked of a strategy that cannot give the right one."""
+
+
+class SolveError(SymplecticAdjointError, RuntimeError):
+    """A solve could not reach the end of its interval.
+
+    Attributes:
+        status: Why the solve stopped.
+        solution: The valid prefix, filled in by the front door; None when there is none.
+    """
+
+    status: Status
+    solution: Solution | None = None
+
+
+class NonFiniteError(SolveError):
+    """NaN or infinity came out of ``func`` or entered the state."""
+
+    status = Status.NON_FINITE
+
+
+class StepUnderflowError(SolveError):
+    """The step size fell below what the time axis resolves."""
+
+    status = Status.STEP_UNDERFLOW
+
+
+class StepLimitError(SolveError):
+    """More steps were needed than ``max_steps`` allows."""
+
+    status = Status.STEP_LIMIT

@@ -1,0 +1,409 @@
+"""Which tensors a function depends on, and how to put others in their place.
+
+Two mechanisms work together. A walk over the function's own references (module tree, closure,
+defaults, globals it names, partial arguments, bound object) finds *slots*: places that hold a
+tensor requiring grad and can be assigned. During a solve every slot holds a detached alias, so that
+nothing ``func`` computes requires grad, unless it reached a tensor that the walk missed. That
+is checked at every evaluation, at no cost; a missed tensor is then found by watching the torch
+functions that receive it, and replaced by identity from there on.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import inspect
+import threading
+import types
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+
+from symplectic_adjoint._errors import CaptureError
+
+_SUBSTITUTION = threading.RLock()
+"""Held while aliases stand in the slots, since these are shared by all threads."""
+
+
+_EMPTY = object()
+
+
+class _Slot:
+    """An assignable place that holds a tensor."""
+
+    __slots__ = ("container", "key")
+
+    def __init__(self, container: Any, key: Any) -> None:
+        self.container = container
+        self.key = key
+
+    def read(self) -> Any:
+        try:
+            if isinstance(self.container, types.CellType):
+                return self.container.cell_contents
+            return self.container[self.key]
+        except (ValueError, KeyError):
+            return _EMPTY
+
+    def write(self, value: Any) -> None:
+        if isinstance(self.container, types.CellType):
+            if value is _EMPTY:
+                del self.container.cell_contents
+            else:
+                self.container.cell_contents = value
+        elif value is _EMPTY:
+            del self.container[self.key]
+        else:
+            self.container[self.key] = value
+
+
+class _Fixed(nn.Module):
+    """Stands in for a parametrisation during a solve: its value is computed once."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.__dict__["value"] = value
+
+    def forward(self) -> Tensor:
+        value: Tensor = self.__dict__["value"]
+        return value
+
+
+class Capture:
+    """The tensors requiring grad that a function depends on.
+
+    Attributes:
+        tensors: Each such tensor once, however many slots hold it.
+        names: A readable path to each.
+    """
+
+    def __init__(self, func: Any, args: Any = (), only: Sequence[Tensor] | None = None) -> None:
+        """Find what ``func(t, y, *args)`` depends on.
+
+        Args:
+            func: Any callable.
+            args: Extra arguments (any containers); their tensors are found, too.
+            only: When given, all other tensors are constants.
+        """
+        self.tensors: list[Tensor] = []
+        self.names: list[str] = []
+        self._slots: list[list[_Slot]] = []
+        self._index: dict[int, int] = {}
+        self._constants: list[tuple[_Slot, Tensor]] = []
+        self._stand_ins: list[tuple[_Slot, Any]] = []
+        self._by_identity: set[int] = set()
+        self._hidden_constants: list[Tensor] = []
+        self._only = None if only is None else {id(p) for p in only}
+        walk = _Walk(self)
+        walk.visit(func, "func")
+        walk.visit(args, "args")
+        walk.run()
+        for tensor in only or ():
+            if id(tensor) not in self._index:
+                self._add(tensor, "params", None)
+
+    def _add(self, tensor: Tensor, name: str, slot: _Slot | None) -> None:
+        if self._only is not None and id(tensor) not in self._only:
+            if slot is not None:
+                self._constants.append((slot, tensor))
+            return
+        if not tensor.requires_grad:
+            return
+        i = self._index.setdefault(id(tensor), len(self.tensors))
+        if i == len(self.tensors):
+            self.tensors.append(tensor)
+            self.names.append(name)
+            self._slots.append([])
+        if slot is None:
+            self._by_identity.add(i)
+        else:
+            self._slots[i].append(slot)
+
+    def _fix(self, slot: _Slot, stand_in: Any) -> None:
+        self._stand_ins.append((slot, stand_in))
+
+    @contextlib.contextmanager
+    def substituted(self, aliases: Sequence[Tensor]) -> Generator[None]:
+        """Put ``aliases`` (one for each of ``tensors``) where ``func`` looks for the originals."""
+        with _SUBSTITUTION, contextlib.ExitStack() as undo:
+            for slot, stand_in in self._stand_ins:
+                _swap(undo, slot, stand_in)
+            for slot, tensor in self._constants:
+                _swap(undo, slot, tensor.detach())
+            for alias, slots in zip(aliases, self._slots, strict=True):
+                for slot in slots:
+                    _swap(undo, slot, alias)
+            identities = {id(x): x.detach() for x in self._hidden_constants}
+            identities |= {id(self.tensors[i]): aliases[i] for i in self._by_identity}
+            if identities:
+                undo.enter_context(_Replace(identities))
+            yield
+
+    def discover(self, evaluate: Callable[[], Tensor], known: Iterable[Tensor]) -> bool:
+        """Evaluate once more, watching for tensors that require grad and come from outside.
+
+        What is found is replaced by identity from the next ``substituted`` on.
+
+        Args:
+            evaluate: The evaluation that gave a result requiring grad.
+            known: Its arguments.
+
+        Returns:
+            Whether anything was found; if not, the leaves were made by the evaluation itself.
+
+        Raises:
+            CaptureError: The result depends on a tensor that no torch function received.
+        """
+        with _Watch(known) as watch:
+            output = evaluate()
+        hidden = [x for x in graph_leaves(output) if id(x) not in watch.known]
+        if hidden:
+            raise CaptureError(
+                "func depends on tensors that require grad and cannot be replaced during the solve:"
+                f" {', '.join(f'{x.dtype} of shape {tuple(x.shape)}' for x in hidden)}. They are "
+                "used where Python does not see them (TorchScript, a custom autograd.Function or "
+                "operator). Pass them through args, hold them in the module that is func, or "
+                "detach them."
+            )
+        for tensor in watch.found:
+            if self._only is None or id(tensor) in self._only:
+                self._add(tensor, f"a tensor of shape {tuple(tensor.shape)}", None)
+            else:
+                self._hidden_constants.append(tensor)
+        return bool(watch.found)
+
+
+def _swap(undo: contextlib.ExitStack, slot: _Slot, value: Any) -> None:
+    """Write ``value``; on leaving, put back what was there, unless func itself wrote since."""
+    before = slot.read()
+    slot.write(value)
+
+    def restore() -> None:
+        if slot.read() is value:
+            slot.write(before)
+
+    undo.callback(restore)
+
+
+class _Walk:
+    """A breadth-first walk over the references of a callable."""
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture = capture
+        self.seen: set[int] = set()
+        self.queue: collections.deque[tuple[Any, str, bool]] = collections.deque()
+
+    def visit(self, obj: Any, name: str, *, direct: bool = True) -> None:
+        """Queue an object; ``direct`` objects of any class have their attributes walked."""
+        self.queue.append((obj, name, direct))
+
+    def run(self) -> None:
+        while self.queue:
+            obj, name, direct = self.queue.popleft()
+            if isinstance(obj, Tensor):
+                self.capture._add(obj, name, None)
+            elif id(obj) not in self.seen and obj is not None:
+                self.seen.add(id(obj))
+                self._expand(obj, name, direct)
+
+    def _expand(self, obj: Any, name: str, direct: bool) -> None:
+        if isinstance(obj, nn.Module):
+            self._module(obj, name)
+        elif isinstance(obj, Mapping | list | tuple | set | frozenset):
+            self._container(obj, name)
+        elif isinstance(obj, types.FunctionType):
+            self._function(obj, name)
+        elif isinstance(obj, types.MethodType):
+            self.visit(obj.__self__, name)
+            self.visit(obj.__func__, name)
+        elif isinstance(obj, functools.partial):
+            self.visit(obj.func, name)
+            self.visit(obj.args, name)
+            self.visit(obj.keywords, name)
+        elif direct and _is_users(type(obj)) and hasattr(obj, "__dict__"):
+            self._container(vars(obj), name)
+            call = getattr(type(obj), "__call__", None)  # noqa: B004
+            if isinstance(call, types.FunctionType):
+                self._function(call, name)
+
+    def _module(self, module: nn.Module, name: str) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            return  # its tensors live outside Python; the check at each evaluation names them
+        skip: set[str] = set()
+        if parametrize.is_parametrized(module):
+            skip.add("parametrizations")
+            self._parametrized(module, name)
+        self._hooked_weights(module, name)
+        for attribute, value in vars(module).items():
+            if attribute in ("_parameters", "_buffers"):
+                self._container(value, name)
+            elif attribute == "_modules":
+                for key, child in value.items():
+                    if key not in skip:
+                        self.visit(child, f"{name}.{key}")
+            elif isinstance(value, Tensor):
+                self.capture._add(value, f"{name}.{attribute}", _Slot(vars(module), attribute))
+            elif not attribute.startswith("__"):
+                self.visit(value, f"{name}.{attribute}", direct=False)
+        forward = type(module).forward
+        if _is_users(type(module)) and isinstance(forward, types.FunctionType):
+            self.visit(forward, name)
+
+    def _parametrized(self, module: nn.Module, name: str) -> None:
+        lists: Any = module.parametrizations
+        for key in list(lists._modules):
+            value = getattr(module, key)
+            fixed = _Fixed(value)
+            self.capture._fix(_Slot(lists._modules, key), fixed)
+            self.capture._add(value, f"{name}.{key}", _Slot(fixed.__dict__, "value"))
+
+    def _hooked_weights(self, module: nn.Module, name: str) -> None:
+        """The older weight_norm and spectral_norm: hooks that assign the weight before each call."""
+        hooks: Any = module._forward_pre_hooks
+        for key, hook in list(hooks.items()):
+            if type(hook).__module__ in _WEIGHT_HOOKS:
+                hook(module, None)
+                self.capture._fix(_Slot(hooks, key), _no_hook)
+
+    def _container(self, obj: Any, name: str) -> None:
+        assignable = isinstance(obj, dict | list)
+        items = obj.items() if isinstance(obj, Mapping) else enumerate(obj)
+        for key, value in list(items):
+            path = f"{name}.{key}" if isinstance(key, str) else f"{name}[{key}]"
+            if isinstance(value, Tensor):
+                self.capture._add(value, path, _Slot(obj, key) if assignable else None)
+            else:
+                self.visit(value, path, direct=False)
+
+    def _function(self, function: types.FunctionType, name: str) -> None:
+        if not _is_users(function):
+            return
+        for variable, cell in zip(
+            function.__code__.co_freevars, function.__closure__ or (), strict=True
+        ):
+            with contextlib.suppress(ValueError):  # an empty cell
+                self._value(cell.cell_contents, f"{name}:{variable}", _Slot(cell, None))
+        for variable in _global_names(function.__code__):
+            if variable in function.__globals__:
+                value = function.__globals__[variable]
+                self._value(value, variable, _Slot(function.__globals__, variable))
+        self.visit(function.__defaults__, name)
+        self.visit(function.__kwdefaults__, name)
+        self.visit(vars(function), name)
+
+    def _value(self, value: Any, name: str, slot: _Slot) -> None:
+        if isinstance(value, Tensor):
+            self.capture._add(value, name, slot)
+        else:
+            self.visit(value, name)
+
+
+_WEIGHT_HOOKS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
+
+
+def _no_hook(module: nn.Module, inputs: Any) -> None:
+    """Stands in for a hook whose weight is already computed."""
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _global_names(constant)
+    return names
+
+
+def _is_users(obj: Any) -> bool:
+    """Whether a class or function comes from outside torch and the interpreter."""
+    module = getattr(obj, "__module__", None) or ""
+    root = module.partition(".")[0]
+    return root not in ("torch", "builtins", "numpy") and not inspect.isbuiltin(obj)
+
+
+class _Replace(TorchFunctionMode):
+    """Replaces tensors by identity in the arguments of every torch function."""
+
+    def __init__(self, aliases: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._aliases = aliases
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = {key: self._replace(value) for key, value in (kwargs or {}).items()}
+        return func(*(self._replace(x) for x in args), **kwargs)
+
+    def _replace(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._aliases.get(id(value), value)
+        if type(value) in (list, tuple):
+            return type(value)(self._replace(x) for x in value)
+        return value
+
+
+class _Watch(TorchFunctionMode):
+    """Collects tensors requiring grad that torch functions receive and none of them made."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        # Holding the tensors keeps their ids from being used again.
+        self.known = {id(x): x for x in known}
+        self.found: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for x in _tensors((args, kwargs)):
+            if x.requires_grad and id(x) not in self.known:
+                self.found.append(x)
+                self.known[id(x)] = x
+        result = func(*args, **kwargs)
+        for x in _tensors(result):
+            self.known[id(x)] = x
+        return result
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [x for item in value for x in _tensors(item)]
+    return []
+
+
+def graph_leaves(output: Tensor) -> list[Tensor]:
+    """The leaves of ``output``'s graph."""
+    if output.grad_fn is None:
+        return [output] if output.requires_grad else []
+    leaves = []
+    seen = {output.grad_fn}
+    stack = [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            leaves.append(leaf)
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return leaves
+
+
+def foreign_leaves(output: Tensor, known: Iterable[Tensor]) -> bool:
+    """Whether ``output``'s graph reaches a leaf that is not among ``known``."""
+    ids = {id(x) for x in known}
+    return any(id(leaf) not in ids for leaf in graph_leaves(output))
+
+
+def detached(tensors: Iterable[Tensor], *, leaf: bool = False) -> list[Tensor]:
+    """Aliases of tensors outside their graph; leaves requiring grad when asked for."""
+    return [x.detach().requires_grad_(leaf) for x in tensors]

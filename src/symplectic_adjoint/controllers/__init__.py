@@ -1,0 +1,7 @@
+"""Where steps end: on a fixed grid, or where the error estimate says."""
+
+from symplectic_adjoint.controllers._base import Controller, Pace, Setting
+from symplectic_adjoint.controllers.adaptive import Adaptive, AdaptivePace
+from symplectic_adjoint.controllers.fixed import FixedGrid, GridPace
+
+__all__ = ["Adaptive", "AdaptivePace", "Controller", "FixedGrid", "GridPace", "Pace", "Setting"]

@@ -1,0 +1,94 @@
+"""What the loop asks of a step-size controller."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from symplectic_adjoint._errors import NonFiniteError
+from symplectic_adjoint._types import as_float
+from symplectic_adjoint.field import Field, Stage
+from symplectic_adjoint.steppers import Stepper
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a controller may know of a solve.
+
+    Attributes:
+        end: The last time.
+        direction: +1.0 when time increases, -1.0 when it decreases.
+        rtol: Relative tolerance, a number or a tensor that broadcasts against the flat state.
+        atol: Absolute tolerance, likewise.
+        grid: The step times where they are known beforehand, otherwise empty.
+    """
+
+    end: float
+    direction: float
+    rtol: float | Tensor
+    atol: float | Tensor
+    grid: Sequence[float] = ()
+
+
+class Pace(Protocol):
+    """A controller at work on one solve: it proposes times and judges attempts."""
+
+    def propose(self, t: float) -> float:
+        """Where the step from ``t`` shall end.
+
+        Raises:
+            SolveError: There is no further step to take.
+        """
+        ...
+
+    def accepts(self, field: Field, stepper: Stepper, step: Any, t: float, t1: float) -> bool:
+        """Whether an attempted step counts.
+
+        Raises:
+            NonFiniteError: It holds a non-finite value that no smaller step would avoid.
+        """
+        ...
+
+
+class Controller(Protocol):
+    """Values only; ``begin`` makes the pace of one solve."""
+
+    def begin(self, field: Field, stepper: Stepper, state: Any, setting: Setting) -> Pace:
+        """Start pacing a solve from ``state``."""
+        ...
+
+
+def non_finite(field: Field, stages: Sequence[Stage], t: float, h: float, y1: Tensor) -> NonFiniteError:
+    """The error that names the first non-finite value of a step."""
+    for stage in stages:
+        if stage.k is not None and (where := _first_bad(stage.k)) is not None:
+            value, index = where
+            return NonFiniteError(
+                f"func returned {value} at t = {as_float(stage.t):.17g} for {field.locate(index)}, "
+                f"in the step from t = {t:.17g} with h = {h:.3g}. Check func at this time and "
+                "state; if the solution grows without bound, shorten the interval; "
+                "throw=False returns the valid prefix."
+            )
+    value, index = _first_bad(y1) or ("a non-finite value", 0)
+    return NonFiniteError(
+        f"the solution became {value} at t = {t + h:.17g} in {field.locate(index)}, in the step "
+        f"from t = {t:.17g} with h = {h:.3g}. Take smaller steps, or shorten the interval if the "
+        "solution grows without bound; throw=False returns the valid prefix."
+    )
+
+
+def finite(x: Tensor) -> bool:
+    """Whether all elements are finite (reads the device)."""
+    return bool(torch.isfinite(x).all())
+
+
+def _first_bad(x: Tensor) -> tuple[str, int] | None:
+    bad = (~torch.isfinite(x.detach().reshape(-1))).nonzero()
+    if not len(bad):
+        return None
+    index = int(bad[0])
+    return str(x.detach().reshape(-1)[index].item()), index

@@ -1,0 +1,242 @@
+"""Step sizes from the error estimate: I, PI and PID control in one formula."""
+
+from __future__ import annotations
+
+import collections
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symplectic_adjoint._errors import (
+    ArgumentError,
+    NonFiniteError,
+    StepLimitError,
+    StepUnderflowError,
+)
+from symplectic_adjoint._types import Norm, as_float
+from symplectic_adjoint.controllers._base import Setting, finite, non_finite
+from symplectic_adjoint.field import Field, Stage
+from symplectic_adjoint.steppers import Stepper
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Accepts a step whose scaled error is at most 1 and derives the next size from it.
+
+    With ``e_n`` the norm of the error estimate over ``atol + rtol max(|y|, |y1|)`` and ``q`` the order
+    of the estimate, the factor between step sizes is
+
+        safety * e_n^(-(p + i + d)/q) * e_{n-1}^((p + 2 d)/q) * e_{n-2}^(-d/q)
+
+    with p, i, d = ``pcoeff, icoeff, dcoeff`` (Soderlind 2003, "Digital filters in adaptive
+    time-stepping", ACM TOMS 29, section 3; Hairer, Norsett, Wanner I, section II.4, for the I
+    controller and the choice of the first step). The defaults, an I controller, are torchdiffeq's.
+
+    Attributes:
+        pcoeff: Proportional coefficient; ``Adaptive.pi()`` is a good PI choice.
+        icoeff: Integral coefficient.
+        dcoeff: Derivative coefficient.
+        safety: Safety factor.
+        factor_min: Least factor after a rejected step; an accepted step never shrinks the next.
+        factor_max: Greatest factor.
+        min_step: Steps this small are accepted whatever their error.
+        max_step: Greatest step size.
+        max_steps: Greatest number of attempted steps.
+        first_step: Size of the first step; chosen from two evaluations where None.
+        norm: Norm of the scaled error; root mean square where None.
+
+    Example:
+        >>> Adaptive(max_step=0.1).max_step
+        0.1
+    """
+
+    pcoeff: float = 0.0
+    icoeff: float = 1.0
+    dcoeff: float = 0.0
+    safety: float = 0.9
+    factor_min: float = 0.2
+    factor_max: float = 10.0
+    min_step: float = 0.0
+    max_step: float = math.inf
+    max_steps: int = 2**31 - 1
+    first_step: float | None = None
+    norm: Norm | None = None
+
+    def __post_init__(self) -> None:
+        checks = {
+            "safety": 0 < self.safety <= 1,
+            "factor_min": 0 < self.factor_min <= 1,
+            "factor_max": self.factor_max >= 1,
+            "min_step": 0 <= self.min_step < math.inf,
+            "max_step": self.max_step > self.min_step,
+            "max_steps": self.max_steps >= 1,
+            "first_step": self.first_step is None or 0 < self.first_step < math.inf,
+        }
+        for f in fields(self):
+            if not checks.get(f.name, True):
+                raise ArgumentError(
+                    f"{f.name} = {getattr(self, f.name)} is out of range; needed: 0 < safety <= 1, "
+                    "0 < factor_min <= 1 <= factor_max, 0 <= min_step < max_step, max_steps >= 1, "
+                    "first_step > 0"
+                )
+
+    @staticmethod
+    def pi(**options: Any) -> Adaptive:
+        """A PI controller (p = 0.4, i = 0.3), smoother than the I controller on stiff stretches."""
+        return Adaptive(**{"pcoeff": 0.4, "icoeff": 0.3, **options})
+
+    @staticmethod
+    def pid(**options: Any) -> Adaptive:
+        """A PID controller (p = 0.3, i = 0.3, d = 0.1)."""
+        return Adaptive(**{"pcoeff": 0.3, "icoeff": 0.3, "dcoeff": 0.1, **options})
+
+    def begin(self, field: Field, stepper: Stepper, state: Any, setting: Setting) -> AdaptivePace:
+        """Start pacing a solve, choosing the first step.
+
+        Raises:
+            ArgumentError: The method estimates no error, or a tolerance is unusable.
+        """
+        if stepper.error_order is None:
+            raise ArgumentError(
+                f"method {stepper.name!r} has no error estimate, so its steps cannot adapt; use "
+                "FixedGrid(step_size=...) or a method such as 'dopri5'"
+            )
+        _check_tolerances(setting)
+        pace = AdaptivePace(self, setting, stepper.error_order)
+        pace.h = self._first(field, stepper, state, pace)
+        return pace
+
+    def _first(self, field: Field, stepper: Stepper, state: Any, pace: AdaptivePace) -> float:
+        if self.first_step is not None:
+            return min(self.first_step, self.max_step)
+        span = abs(pace.setting.end - as_float(state.t))
+        return min(max(_select_first_step(field, stepper, state, pace, span), self.min_step), self.max_step)
+
+
+@dataclass
+class AdaptivePace:
+    """An adaptive controller at work: the current size and the last errors."""
+
+    controller: Adaptive
+    setting: Setting
+    error_order: int
+    h: float = 0.0
+    attempts: int = 0
+    errors: tuple[float, float] = (1.0, 1.0)
+    history: collections.deque[tuple[float, float, float]] = field(
+        default_factory=lambda: collections.deque(maxlen=5)
+    )
+    failed: NonFiniteError | None = None
+
+    def propose(self, t: float) -> float:
+        if self.attempts >= self.controller.max_steps:
+            raise StepLimitError(
+                f"max_steps = {self.controller.max_steps} attempted steps did not reach t = "
+                f"{self.setting.end:.17g}; stopped at t = {t:.17g}. {self._recent()} Loosen "
+                "rtol/atol, raise max_steps, or use a stiffer method if the steps keep shrinking."
+            )
+        self.attempts += 1
+        left = abs(self.setting.end - t)
+        if self.h >= left * (1 - 1e-10):
+            return self.setting.end
+        t1 = t + self.setting.direction * self.h
+        if t1 == t:
+            if self.failed is not None:
+                raise self.failed
+            raise StepUnderflowError(
+                f"the step size {self.h:.3g} vanishes at t = {t:.17g}. {self._recent()} The "
+                "problem is stiff or singular there, or the tolerances are below rounding: loosen "
+                "rtol/atol, or use float64."
+            )
+        return t1
+
+    def accepts(self, field: Field, stepper: Stepper, step: Any, t: float, t1: float) -> bool:
+        h = abs(t1 - t)
+        error = float(self.norm(stepper.error(step), step.start.y, step.y1))
+        self.history.append((t, h, error))
+        if not math.isfinite(error):
+            self._reject_non_finite(field, stepper, step, t, t1)
+            return False
+        accepted = error <= 1.0 or h <= self.controller.min_step
+        self.h = min(max(h * self._factor(error, accepted), self.controller.min_step),
+                     self.controller.max_step)
+        if accepted:
+            self.errors = (max(error, 1e-10), self.errors[0])
+        return accepted
+
+    def norm(self, error: Tensor, y: Tensor, y1: Tensor) -> Tensor:
+        """The norm of an error scaled by the tolerances."""
+        size = torch.maximum(y.detach().abs(), y1.detach().abs())
+        return self.scaled(error, size)
+
+    def scaled(self, x: Tensor, size: Tensor) -> Tensor:
+        """The norm of ``x`` where the solution has magnitude ``size``."""
+        x = x / (size * self.setting.rtol + self.setting.atol)
+        if self.controller.norm is not None:
+            return self.controller.norm(x)
+        return torch.linalg.vector_norm(x) * max(x.numel(), 1) ** -0.5
+
+    def _factor(self, error: float, accepted: bool) -> float:
+        c, q = self.controller, self.error_order
+        if error == 0.0:
+            return c.factor_max
+        last, before = self.errors
+        factor = (
+            c.safety
+            * error ** (-(c.pcoeff + c.icoeff + c.dcoeff) / q)
+            * last ** ((c.pcoeff + 2 * c.dcoeff) / q)
+            * before ** (-c.dcoeff / q)
+        )
+        return min(max(factor, 1.0 if accepted else c.factor_min), c.factor_max)
+
+    def _reject_non_finite(
+        self, field: Field, stepper: Stepper, step: Any, t: float, t1: float
+    ) -> None:
+        """A smaller step may avoid the value, unless ``f`` is not finite where the step starts."""
+        self.failed = non_finite(field, stepper.stages(step), t, t1 - t, step.y1)
+        if not finite(stepper.slope(field, step.start)) or abs(t1 - t) <= self.controller.min_step:
+            raise self.failed
+        self.h = max(abs(t1 - t) * self.controller.factor_min, self.controller.min_step)
+
+    def _recent(self) -> str:
+        steps = "; ".join(f"t = {t:.6g}, h = {h:.3g}, error {e:.3g}" for t, h, e in self.history)
+        return f"Last attempts (error relative to the tolerance): {steps}."
+
+
+def _select_first_step(
+    field: Field, stepper: Stepper, state: Any, pace: AdaptivePace, span: float
+) -> float:
+    """Hairer, Norsett, Wanner I, section II.4, "starting step size"."""
+    t, y = as_float(state.t), state.y.detach()
+    slope = stepper.slope(field, state).detach()
+    size = y.abs()
+    d0, d1 = torch.stack([pace.scaled(y, size), pace.scaled(slope, size)]).tolist()
+    if not math.isfinite(d1):
+        stage = Stage(t, y)
+        stage.k = slope
+        raise non_finite(field, [stage], t, 0.0, y)
+    h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+    h0 = min(h0, span)
+    probe = Stage(t + pace.setting.direction * h0, y + (pace.setting.direction * h0) * slope)
+    change = field.evaluate(probe).detach() - slope
+    d2 = float(pace.scaled(change, size)) / h0
+    if not math.isfinite(d2):
+        return h0
+    if d1 <= 1e-15 and d2 <= 1e-15:
+        h1 = max(1e-6, h0 * 1e-3)
+    else:
+        h1 = (0.01 / max(d1, d2)) ** (1.0 / pace.error_order)
+    return min(100 * h0, h1, span)
+
+
+def _check_tolerances(setting: Setting) -> None:
+    for name, value in (("rtol", setting.rtol), ("atol", setting.atol)):
+        low = float(value.min()) if isinstance(value, Tensor) else float(value)
+        if not 0 <= low < math.inf:
+            raise ArgumentError(f"{name} = {value} must be non-negative and finite")
+    if not isinstance(setting.rtol, Tensor) and not isinstance(setting.atol, Tensor):
+        if setting.rtol == 0 and setting.atol == 0:
+            raise ArgumentError("rtol and atol are both zero; give at least one tolerance")

@@ -1,0 +1,294 @@
+"""The vector field as the solver sees it: evaluated at stages, pulled back at stages."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from symplectic_adjoint._errors import FieldOutputError
+from symplectic_adjoint._types import FlatFunc, Time
+from symplectic_adjoint.capture import Capture, foreign_leaves
+
+
+class Stage:
+    """One evaluation ``k = f(t, x)``.
+
+    Attributes:
+        t: Time of the evaluation.
+        x: Where ``f`` is evaluated.
+        k: Its value; None where only the point is known.
+        token: State of the random generators before the evaluation; None unless ``f`` draws.
+        graph: The evaluation on the autograd tape, where it is kept.
+    """
+
+    __slots__ = ("graph", "k", "t", "token", "x")
+
+    def __init__(
+        self, t: Time, x: Tensor, k: Tensor | None = None, token: RandomState | None = None
+    ) -> None:
+        self.t = t
+        self.x = x
+        self.k = k
+        self.token = token
+        self.graph: StageGraph | None = None
+
+
+class StageGraph(NamedTuple):
+    """An evaluation on the autograd tape: leaves ``t`` and ``x``, and ``k``."""
+
+    t: Tensor
+    x: Tensor
+    k: Tensor
+
+
+class Pullback(NamedTuple):
+    """``v = (df/dy)^T kappa``, ``time = (df/dt)^T kappa`` where asked for, and ``k`` itself."""
+
+    v: Tensor
+    time: Tensor | None
+    k: Tensor
+
+
+class Rediscovered(Exception):
+    """A missed tensor was added to the capture: the solve starts again."""
+
+
+class RandomState:
+    """State of the CPU generator and of the generator of the state's device."""
+
+    __slots__ = ("cpu", "cuda", "device")
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def same(self, other: RandomState) -> bool:
+        """Whether nothing was drawn between the two."""
+        if not torch.equal(self.cpu, other.cpu):
+            return False
+        return (
+            self.cuda is None or other.cuda is None or bool(torch.equal(self.cuda, other.cuda))
+        )
+
+    def set(self) -> None:
+        """Put the generators into this state."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+
+    @contextlib.contextmanager
+    def restored(self) -> Generator[None]:
+        """Draw from this state inside the block, and as before it afterwards."""
+        before = RandomState(self.device)
+        self.set()
+        try:
+            yield
+        finally:
+            before.set()
+
+
+class Field:
+    """``f(t, y)`` on the flat state, with no graph kept: the forward pass of a solve.
+
+    Attributes:
+        evaluations: How often ``f`` was called.
+        products: How many vector-Jacobian products were taken.
+        random: Whether ``f`` draws random numbers; None until known.
+        leafy: Whether ``f`` needs an argument that requires grad.
+        locate: Names an element of the raveled flat state, for messages.
+    """
+
+    def __init__(self, func: FlatFunc, like: Tensor) -> None:
+        self.func = func
+        self.shape = like.shape
+        self.dtype = like.dtype
+        self.device = like.device
+        self.time_dtype = like.dtype.to_real() if like.is_complex() else like.dtype
+        self.evaluations = 0
+        self.products = 0
+        self.random: bool | None = None
+        self.leafy = False
+        self.locate: Callable[[int], str] = lambda index: f"component {index}"
+
+    def time(self, t: Time) -> Tensor:
+        """A time as the 0-dim tensor that ``f`` receives."""
+        if isinstance(t, Tensor):
+            return t.to(self.device, self.time_dtype)
+        return torch.full((), t, dtype=self.time_dtype, device=self.device)
+
+    def call(self, t: Tensor, x: Tensor) -> Tensor:
+        """``f(t, x)`` as autograd sees it, checked.
+
+        Raises:
+            FieldOutputError: The result is no tensor of the state's shape, dtype and device.
+        """
+        self.evaluations += 1
+        if self.leafy and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        try:
+            k = self.func(t, x)
+        except RuntimeError as error:
+            if x.requires_grad or "does not require grad" not in str(error):
+                raise
+            # func differentiates with respect to its argument and expects it to require grad.
+            self.leafy = True
+            k = self.func(t, x.detach().requires_grad_())
+        if (
+            type(k) is Tensor
+            and k.shape == self.shape
+            and k.dtype == self.dtype
+            and k.device == self.device
+        ):
+            return k
+        return self._coerced(k)
+
+    def evaluate(self, stage: Stage) -> Tensor:
+        """Set and return ``stage.k``; a stage with a token draws the random numbers it drew then."""
+        if stage.token is not None:
+            with stage.token.restored():
+                k = self._evaluate(stage)
+        elif self.random is False:
+            k = self._evaluate(stage)
+        else:
+            before = RandomState(self.device)
+            k = self._evaluate(stage)
+            if self.random is None:
+                self.random = not before.same(RandomState(self.device))
+            stage.token = before if self.random else None
+        stage.k = k
+        return k
+
+    def _evaluate(self, stage: Stage) -> Tensor:
+        raise NotImplementedError
+
+    def _coerced(self, k: Any) -> Tensor:
+        if not isinstance(k, Tensor):
+            raise FieldOutputError(
+                f"func must return a tensor like y0, but returned {type(k).__name__}"
+            )
+        if k.shape != self.shape:
+            raise FieldOutputError(
+                f"func returned shape {tuple(k.shape)} for a state of shape {tuple(self.shape)}; "
+                "they must be equal"
+            )
+        if k.device != self.device:
+            raise FieldOutputError(
+                f"func returned a tensor on {k.device} for a state on {self.device}; move the "
+                "module or y0 so that they agree"
+            )
+        if k.dtype != self.dtype:
+            if k.is_floating_point() and torch.is_autocast_enabled(self.device.type):
+                return k.to(self.dtype)
+            raise FieldOutputError(
+                f"func returned dtype {k.dtype} for a state of dtype {self.dtype}; convert y0 or "
+                "func's module so that they agree, e.g. y0.to(dtype) or module.to(dtype)"
+            )
+        return k
+
+
+class GraphField(Field):
+    """The field under plain autograd: every stage stays on the caller's graph."""
+
+    def _evaluate(self, stage: Stage) -> Tensor:
+        return self.call(self.time(stage.t), stage.x)
+
+
+class DetachedField(Field):
+    """The field while aliases stand for everything that requires grad.
+
+    In the forward pass the aliases require no grad. A result that requires grad then means that
+    ``f`` differentiates inside itself, or that it reached a tensor that the capture has missed.
+    """
+
+    def __init__(
+        self, func: FlatFunc, like: Tensor, aliases: Sequence[Tensor], capture: Capture | None
+    ) -> None:
+        """Wrap ``func``.
+
+        Args:
+            func: The flat function.
+            like: A tensor of the state's shape, dtype and device.
+            aliases: What stands in for the captured tensors; their ``.grad`` accumulates.
+            capture: Where to report missed tensors; None where all were found before.
+        """
+        super().__init__(func, like)
+        self.aliases = aliases
+        self.capture = capture
+
+    def linearize(self, on: bool) -> None:
+        """Let evaluations build a graph down to the aliases, or not."""
+        for alias in self.aliases:
+            alias.requires_grad_(on)
+
+    def _evaluate(self, stage: Stage) -> Tensor:
+        # An alias of x: func may call requires_grad_() on its argument.
+        time, alias = self.time(stage.t), stage.x.detach()
+        k = self.call(time, alias)
+        if k.requires_grad:
+            if self.capture is not None and foreign_leaves(k, (time, alias)):
+                self._rediscover(self.capture, time, alias)
+            k = k.detach()
+        return k
+
+    def _rediscover(self, capture: Capture, time: Tensor, x: Tensor) -> None:
+        with RandomState(self.device).restored():
+            found = capture.discover(lambda: self.call(time, x), (time, x))
+        if found:
+            raise Rediscovered
+
+    def on_graph(self) -> GraphField:
+        """The same function under plain autograd, for replays of recorded steps."""
+        field = GraphField(self.func, torch.empty(self.shape, dtype=self.dtype, device="meta"))
+        field.device = self.device
+        field.random = False
+        field.locate = self.locate
+        return field
+
+    def pull(self, stage: Stage, cotangent: Tensor, wants_time: bool = False) -> Pullback:
+        """The vector-Jacobian product at a stage; parameters' parts go to the aliases' ``.grad``.
+
+        The aliases must require grad (``linearize``). A graph kept by the stage is used up;
+        otherwise ``f`` is evaluated again.
+        """
+        self.products += 1
+        graph = stage.graph or self.graph(stage, wants_time)
+        stage.graph = None
+        if graph.k.requires_grad:
+            torch.autograd.backward(graph.k, cotangent)
+        v = graph.x.grad
+        return Pullback(
+            torch.zeros_like(cotangent) if v is None else v, graph.t.grad, graph.k.detach()
+        )
+
+    def graph(self, stage: Stage, wants_time: bool) -> StageGraph:
+        """Evaluate ``f`` at a stage with its graph."""
+        x = stage.x.detach().requires_grad_()
+        t = self.time(stage.t).requires_grad_(wants_time)
+        if stage.token is None:
+            return StageGraph(t, x, self.call(t, x))
+        with stage.token.restored():
+            return StageGraph(t, x, self.call(t, x))
+
+
+class LeafField(DetachedField):
+    """A detached field that keeps the graph of every stage for its pull-back."""
+
+    def __init__(
+        self, func: FlatFunc, like: Tensor, aliases: Sequence[Tensor], capture: Capture | None,
+        wants_time: bool,
+    ) -> None:
+        super().__init__(func, like, aliases, capture)
+        self.wants_time = wants_time
+        self.linearize(True)
+
+    def _evaluate(self, stage: Stage) -> Tensor:
+        graph = self.graph(Stage(stage.t, stage.x), self.wants_time)
+        if self.capture is not None and foreign_leaves(graph.k, (graph.t, graph.x, *self.aliases)):
+            self._rediscover(self.capture, graph.t, graph.x)
+        stage.graph = graph
+        return graph.k.detach()

@@ -1,0 +1,273 @@
+"""What a gradient strategy is, and the reverse sweep that the stage-wise ones share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from symplectic_adjoint._errors import ArgumentError
+from symplectic_adjoint._types import Time
+from symplectic_adjoint.capture import Capture
+from symplectic_adjoint.field import DetachedField, Field, StageGraph
+from symplectic_adjoint.loop import Outputs
+from symplectic_adjoint.steppers import Stepper
+from symplectic_adjoint.steppers._base import (
+    Cotangent,
+    DenseCotangent,
+    Reversal,
+    Saved,
+    TimeCotangents,
+)
+
+
+@dataclass
+class Record:
+    """What is kept of one step.
+
+    Attributes:
+        saved: Tensors and random states.
+        graphs: The stages on the autograd tape, where they are kept; emptied when used.
+    """
+
+    saved: Saved
+    graphs: Sequence[StageGraph | None] = ()
+
+
+@dataclass
+class Sweep:
+    """Everything a backward pass works on.
+
+    Attributes:
+        field: The field, with aliases that require grad.
+        stepper: The method of the forward pass.
+        nodes: Step times, N + 1 floats.
+        times: Output times, float64 on the CPU, detached.
+        outputs: The outputs that each step holds.
+        records: What was kept of each step.
+        y0: The initial state, detached.
+        y: The outputs of the forward pass, detached, as far as they were kept.
+        end: The tensors of the last state.
+        end_token: Random state of the node there.
+        g: Cotangents of the outputs.
+        reversal: Shared by the transposes; says which step times need a cotangent.
+        out_times: Accumulates the cotangents of output times, float64; None where not needed.
+    """
+
+    field: DetachedField
+    stepper: Stepper
+    nodes: Sequence[float]
+    times: Tensor
+    outputs: Sequence[Outputs]
+    records: Sequence[Record]
+    y0: Tensor
+    y: Tensor | None
+    end: Sequence[Tensor]
+    end_token: Any
+    g: Tensor
+    reversal: Reversal
+    out_times: Tensor | None
+    setting: Any
+    controller: Any
+    _pending: list[tuple[int, Outputs, DenseCotangent]] = field(default_factory=list)
+
+    def place(self, n: int) -> Tensor:
+        """Places of the dense outputs within step ``n``."""
+        first, stop, _ = self.outputs[n]
+        return (self.times[first:stop] - self.nodes[n]) / (self.nodes[n + 1] - self.nodes[n])
+
+    def dense(self, n: int) -> DenseCotangent | None:
+        """Cotangents of the outputs inside step ``n``."""
+        outputs = self.outputs[n]
+        if not outputs.dense:
+            return None
+        g = self.g[outputs.first : outputs.stop]
+        dense = DenseCotangent(self.place(n), g)
+        if self.out_times is not None:
+            dense.slopes = torch.zeros(len(g), dtype=torch.float64, device=g.device)
+            self._pending.append((n, outputs, dense))
+        return dense
+
+    def finish_times(self) -> None:
+        """Turn the cotangents of places into those of output times and step times."""
+        for n, outputs, dense in self._pending:
+            assert dense.slopes is not None and self.out_times is not None
+            slope = dense.slopes / (self.nodes[n + 1] - self.nodes[n])
+            self.out_times[outputs.first : outputs.stop] += slope
+            if (times := self.reversal.times) is not None:
+                theta = dense.theta.to(slope.device)
+                times.values[n] += ((theta - 1) * slope).sum()
+                times.values[n + 1] -= (theta * slope).sum()
+        self._pending.clear()
+
+
+class Strategy:
+    """What is stored of a forward pass, and how a step is reversed.
+
+    Subclasses are frozen dataclasses: their fields are their options.
+
+    Attributes:
+        name: Name in ``gradient="..."``.
+        exact: Whether the gradient is that of the computed solution, up to rounding.
+        method: The only method that the strategy works with, or None.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool] = True
+    method: ClassVar[str | None] = None
+
+    def check(self, stepper: Stepper) -> None:
+        """Refuse a method that the strategy cannot reverse.
+
+        Raises:
+            ArgumentError: The method is not the one the strategy needs.
+        """
+        if self.method is not None and stepper.name != self.method:
+            raise ArgumentError(
+                f"gradient {self.name!r} works with method {self.method!r} only, not with "
+                f"{stepper.name!r}; leave method out, or choose gradient='symplectic'"
+            )
+
+    def field(
+        self, func: Any, like: Tensor, aliases: Sequence[Tensor], capture: Capture, time: bool
+    ) -> DetachedField:
+        """The field of the forward pass; ``time`` says whether times need gradients."""
+        return DetachedField(func, like, aliases, capture)
+
+    def keep(self, stepper: Stepper, n: int, step: Any) -> Record:
+        """What is kept of step ``n``."""
+        raise NotImplementedError
+
+    def reverse(self, sweep: Sweep) -> Tensor:
+        """The cotangent of ``y0``; those of captured tensors go to the aliases' ``.grad``."""
+        raise NotImplementedError
+
+
+def stagewise(sweep: Sweep, step_at: Callable[[int, Any], Any]) -> Tensor:
+    """The reverse sweep by the transpose of each step.
+
+    Args:
+        sweep: The backward pass.
+        step_at: ``(n, end) -> step``, a step ready to be transposed, from the state at its end.
+
+    Returns:
+        The cotangent of ``y0``.
+    """
+    stepper = sweep.stepper
+    end = stepper.resume(sweep.nodes[-1], sweep.end, sweep.end_token)
+    cotangent = Cotangent(torch.zeros_like(sweep.y0))
+    for n in reversed(range(len(sweep.outputs))):
+        hit = sweep.outputs[n].hit
+        if hit is not None:
+            cotangent.y = cotangent.y + sweep.g[hit]
+        step = step_at(n, end)
+        cotangent = stepper.transpose(sweep.reversal, n, step, cotangent, sweep.dense(n))
+        end = step.start
+    tokens = sweep.records[0].saved.tokens if sweep.records else ()
+    begin = stepper.resume(sweep.nodes[0], (sweep.y0,), tokens[0] if tokens else None)
+    begin.node.graph = end.node.graph
+    lam = stepper.transpose_begin(sweep.reversal, begin, cotangent)
+    sweep.finish_times()
+    return lam + sweep.g[0]
+
+
+def replay(
+    field: Field,
+    stepper: Stepper,
+    state: Any,
+    nodes: Sequence[Time],
+    outputs: Sequence[Outputs],
+    tokens: Sequence[Sequence[Any]],
+    times: Tensor,
+) -> tuple[Any, list[tuple[int, Tensor]]]:
+    """Take recorded steps again, on the graph of ``state``, ``nodes`` and ``times``.
+
+    Args:
+        field: The field that keeps graphs.
+        stepper: The method.
+        state: Where to start.
+        nodes: Step times; those that carry a graph as 0-dim tensors.
+        outputs: The outputs that each step holds.
+        tokens: Random states of each step's stages.
+        times: Output times, float64 on the CPU.
+
+    Returns:
+        The last state, and the outputs as (index of the first, values (m, \\*shape)).
+    """
+    parts = []
+    for t1, held, drawn in zip(nodes[1:], outputs, tokens, strict=True):
+        step = stepper.step(field, state, t1, drawn)
+        if held.dense:
+            theta = (times[held.first : held.stop] - step.start.t) / (t1 - step.start.t)
+            parts.append((held.first, stepper.interpolate(field, step, theta)))
+        if held.hit is not None:
+            parts.append((held.hit, step.y1.unsqueeze(0)))
+        state = stepper.end(step)
+    return state, parts
+
+
+def segments(sweep: Sweep, length: int) -> Tensor:
+    """The reverse sweep by autograd over ``length`` steps at a time.
+
+    The first step of each segment must have been kept.
+
+    Returns:
+        The cotangent of ``y0``.
+    """
+    field = sweep.field.on_graph()
+    cotangent: list[Tensor | None] = []
+    bounds = range(0, len(sweep.outputs), length)
+    for first in reversed(bounds):
+        last = min(first + length, len(sweep.outputs))
+        cotangent = _segment(sweep, field, first, last, cotangent)
+    lam = sweep.g[0]
+    if cotangent and cotangent[0] is not None:
+        lam = lam + cotangent[0]
+    sweep.field.evaluations += field.evaluations
+    sweep.field.products += field.evaluations
+    return lam
+
+
+def _segment(
+    sweep: Sweep, field: Field, first: int, last: int, cotangent: list[Tensor | None]
+) -> list[Tensor | None]:
+    stepper, records = sweep.stepper, sweep.records[first:last]
+    nodes, time_leaves = _time_leaves(sweep, first, last)
+    times = sweep.times.detach().requires_grad_(sweep.out_times is not None)
+    saved = records[0].saved
+    kept = [x.detach().requires_grad_() for x in (saved.tensors if first else (sweep.y0,))]
+    tokens = [r.saved.tokens for r in records]
+    state = stepper.resume(nodes[0], kept, tokens[0][0] if tokens[0] else None)
+    end, parts = replay(
+        field, stepper, state, nodes, sweep.outputs[first:last], tokens, times
+    )
+    pairs = list(zip(stepper.carried(end), cotangent, strict=False))
+    pairs += [(y, sweep.g[i : i + len(y)]) for i, y in parts]
+    pairs = [(y, g) for y, g in pairs if g is not None and y.requires_grad]
+    if pairs:
+        torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
+    for n, leaf in time_leaves:
+        if leaf.grad is not None and sweep.reversal.times is not None:
+            sweep.reversal.times.values[n] += leaf.grad
+    if times.grad is not None and sweep.out_times is not None:
+        sweep.out_times += times.grad
+    return [x.grad for x in kept]
+
+
+def _time_leaves(
+    sweep: Sweep, first: int, last: int
+) -> tuple[list[Time], list[tuple[int, Tensor]]]:
+    """Step times of a segment: those whose gradient is wanted as leaves."""
+    nodes: list[Time] = list(sweep.nodes[first : last + 1])
+    leaves = []
+    times: TimeCotangents | None = sweep.reversal.times
+    if times is not None:
+        for n in range(first, last + 1):
+            if times.wanted(n):
+                leaf = torch.tensor(sweep.nodes[n], dtype=torch.float64, requires_grad=True)
+                nodes[n - first] = leaf
+                leaves.append((n, leaf))
+    return nodes, leaves

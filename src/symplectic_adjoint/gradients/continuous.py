@@ -1,0 +1,162 @@
+"""The continuous adjoint: the adjoint equation solved backwards in time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symplectic_adjoint._types import Norm
+from symplectic_adjoint.controllers import Adaptive, GridPace
+from symplectic_adjoint.field import DetachedField, Stage
+from symplectic_adjoint.gradients._base import Record, Strategy, Sweep
+from symplectic_adjoint.loop import Stats, integrate
+from symplectic_adjoint.steppers import Stepper, get
+from symplectic_adjoint.steppers._base import Saved, dot
+
+
+@dataclass(frozen=True)
+class Continuous(Strategy):
+    """Solves the augmented adjoint ODE between output times, from the last to the first.
+
+    Chen et al. 2018, "Neural ordinary differential equations", arXiv 1806.07366, algorithm 2, with the
+    seminorm of Kidger, Chen, Lyons 2021, arXiv 2009.09457, section 3. Not exact: the gradient is that of
+    the continuous problem, discretised anew; its error follows the tolerances.
+
+    Attributes:
+        seminorm: Leave the parameters' part, a quadrature, out of the error norm.
+        rtol: Relative tolerance of the adjoint solve; the forward one's where None.
+        atol: Absolute tolerance of the adjoint solve; the forward one's where None.
+        method_name: Method of the adjoint solve; the forward one's where None.
+    """
+
+    seminorm: bool = True
+    rtol: float | None = None
+    atol: float | None = None
+    method_name: str | None = None
+    name = "continuous"
+    exact = False
+
+    def keep(self, stepper: Stepper, n: int, step: Any) -> Record:
+        return Record(Saved((), stepper.save(step, stages=False).tokens[:1]))
+
+    def reverse(self, sweep: Sweep) -> Tensor:
+        return _AdjointSolve(self, sweep).run()
+
+
+class _AdjointSolve:
+    """The state (y, lam, cotangents of parameters, cotangent of t) as one real vector."""
+
+    def __init__(self, strategy: Continuous, sweep: Sweep) -> None:
+        assert sweep.y is not None
+        self.strategy = strategy
+        self.sweep = sweep
+        self.y = sweep.y
+        self.stepper = (
+            get(strategy.method_name) if strategy.method_name is not None else sweep.stepper
+        )
+        self.aliases = sweep.field.aliases
+        self.wants_time = sweep.out_times is not None
+        self.like = [sweep.y0, sweep.y0, *self.aliases]
+        if self.wants_time:
+            self.like.append(sweep.y0.new_zeros((), dtype=sweep.field.time_dtype))
+        self.sizes = [x.numel() * (2 if x.is_complex() else 1) for x in self.like]
+        self.dtype = sweep.field.time_dtype
+
+    def run(self) -> Tensor:
+        sweep = self.sweep
+        reached = len(self.y)
+        lam = torch.zeros_like(sweep.y0)
+        rest = [torch.zeros_like(x) for x in self.like[2:]]
+        for j in range(reached - 1, 0, -1):
+            lam = lam + sweep.g[j]
+            if self.wants_time:
+                rest[-1] = rest[-1] - self._move_time(j)
+            z = self._pack([self.y[j], lam, *rest])
+            z = self._integrate(z, j)
+            _, lam, *rest = self._unpack(z)
+        for alias, grad in zip(self.aliases, rest, strict=False):
+            alias.grad = grad
+        if self.wants_time:
+            assert sweep.out_times is not None
+            sweep.out_times[0] += rest[-1]
+        return lam + sweep.g[0]
+
+    def _move_time(self, j: int) -> Tensor:
+        """Cotangent of the output time ``t_j``: the output moves along the solution."""
+        stage = Stage(float(self.sweep.times[j]), self.y[j])
+        self.sweep.field.linearize(False)
+        slope = self.sweep.field.evaluate(stage)
+        self.sweep.field.linearize(True)
+        moved = dot(slope, self.sweep.g[j])
+        assert self.sweep.out_times is not None
+        self.sweep.out_times[j] += moved
+        return moved.to(self.dtype)
+
+    def _integrate(self, z: Tensor, j: int) -> Tensor:
+        sweep = self.sweep
+        start, end = float(sweep.times[j]), float(sweep.times[j - 1])
+        if start == end:
+            return z
+        field = DetachedField(self._slope, z, (), None)
+        state = self.stepper.begin(start, z)
+        controller = sweep.controller
+        if isinstance(controller, Adaptive):
+            setting = replace(
+                sweep.setting,
+                end=end,
+                direction=-sweep.setting.direction,
+                rtol=sweep.setting.rtol if self.strategy.rtol is None else self.strategy.rtol,
+                atol=sweep.setting.atol if self.strategy.atol is None else self.strategy.atol,
+            )
+            own = replace(controller, norm=self._norm(controller.norm), first_step=None)
+            pace: Any = own.begin(field, self.stepper, state, setting)
+        else:
+            pace = GridPace(self._grid(start, end))
+        for step in integrate(field, self.stepper, pace, state, end, {}, Stats()):
+            z = step.y1
+        return z
+
+    def _grid(self, start: float, end: float) -> list[float]:
+        """The forward grid between two outputs, backwards."""
+        low, high = min(start, end), max(start, end)
+        return [start, *(t for t in reversed(self.sweep.nodes) if low < t < high), end]
+
+    def _slope(self, t: Tensor, z: Tensor) -> Tensor:
+        y, lam, *_ = self._unpack(z)
+        field = self.sweep.field
+        field.products += 1
+        graph = field.graph(Stage(t, y), self.wants_time)
+        wanted = [graph.x, *self.aliases, *([graph.t] if self.wants_time else [])]
+        if not graph.k.requires_grad:
+            return self._pack([graph.k, *(torch.zeros_like(x) for x in wanted)])
+        grads = torch.autograd.grad(graph.k, wanted, -lam, allow_unused=True)
+        pairs = zip(grads, wanted, strict=True)
+        return self._pack(
+            [graph.k.detach(), *(torch.zeros_like(x) if g is None else g for g, x in pairs)]
+        )
+
+    def _norm(self, norm: Norm | None) -> Norm:
+        count = 2 if self.strategy.seminorm else len(self.sizes)
+
+        def largest(z: Tensor) -> Tensor:
+            parts = [x for x in z.split(self.sizes)[:count] if x.numel()]
+            return torch.stack([torch.linalg.vector_norm(x) * x.numel() ** -0.5 for x in parts]).max()
+
+        return largest
+
+    def _pack(self, parts: Sequence[Tensor]) -> Tensor:
+        real = [torch.view_as_real(x) if x.is_complex() else x for x in parts]
+        return torch.cat([x.detach().reshape(-1).to(self.dtype) for x in real])
+
+    def _unpack(self, z: Tensor) -> list[Tensor]:
+        return [_shaped(x, like) for x, like in zip(z.split(self.sizes), self.like, strict=True)]
+
+
+def _shaped(x: Tensor, like: Tensor) -> Tensor:
+    if like.is_complex():
+        return torch.view_as_complex(x.reshape(*like.shape, 2)).to(like.dtype)
+    return x.reshape(like.shape).to(like.dtype)

@@ -1,0 +1,68 @@
+"""The symplectic adjoint method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from symplectic_adjoint._errors import UnknownNameError
+from symplectic_adjoint.capture import Capture
+from symplectic_adjoint.field import DetachedField, LeafField
+from symplectic_adjoint.gradients._base import Record, Strategy, Sweep, stagewise
+from symplectic_adjoint.steppers import Stepper
+
+
+@dataclass(frozen=True)
+class Symplectic(Strategy):
+    """Transposes each step stage by stage, with one network evaluation on the tape at a time.
+
+    Matsubara, Miyatake, Yaguchi 2024, doi 10.1109/TNNLS.2023.3242345, algorithm 1.
+
+    Attributes:
+        store: ``"steps"`` keeps the state at each step, as in the paper, and computes the stages again;
+            ``"stages"`` keeps the stages as well, which saves one evaluation a stage; ``"graph"``
+            keeps the autograd graph of every stage, which saves all evaluations and none of the memory.
+
+    Raises:
+        UnknownNameError: ``store`` is none of these.
+    """
+
+    store: Literal["steps", "stages", "graph"] = "stages"
+    name = "symplectic"
+
+    def __post_init__(self) -> None:
+        if self.store not in ("steps", "stages", "graph"):
+            raise UnknownNameError("store", self.store, ("steps", "stages", "graph"))
+
+    def field(
+        self, func: Any, like: Tensor, aliases: Sequence[Tensor], capture: Capture, time: bool
+    ) -> DetachedField:
+        if self.store == "graph":
+            return LeafField(func, like, aliases, capture, time)
+        return DetachedField(func, like, aliases, capture)
+
+    def keep(self, stepper: Stepper, n: int, step: Any) -> Record:
+        saved = stepper.save(step, stages=self.store != "steps")
+        if self.store != "graph":
+            return Record(saved)
+        return Record(saved, [stage.graph for stage in stepper.stages(step)])
+
+    def reverse(self, sweep: Sweep) -> Tensor:
+        def step_at(n: int, end: Any) -> Any:
+            record = sweep.records[n]
+            dense = sweep.outputs[n].dense
+            nodes = sweep.nodes[n], sweep.nodes[n + 1]
+            if self.store == "steps":
+                sweep.field.linearize(False)
+            step = sweep.stepper.load(sweep.field, *nodes, record.saved, end, dense)
+            if self.store == "steps":
+                sweep.field.linearize(True)
+            for stage, graph in zip(sweep.stepper.stages(step), record.graphs, strict=False):
+                stage.graph = stage.graph or graph
+            record.graphs = ()
+            return step
+
+        return stagewise(sweep, step_at)

@@ -1,0 +1,226 @@
+"""The only integration loop, and what is written down while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from symplectic_adjoint._errors import SolveError
+from symplectic_adjoint._types import Time, as_float
+from symplectic_adjoint.controllers import Pace
+from symplectic_adjoint.field import Field, RandomState
+from symplectic_adjoint.steppers import Stepper
+
+
+@dataclass
+class Stats:
+    """Counts of one solve.
+
+    Attributes:
+        accepted: Accepted steps.
+        rejected: Rejected attempts.
+        evaluations: Calls of ``func`` in the forward pass, all included.
+        backward_evaluations: Calls of ``func`` in the last backward pass.
+        products: Vector-Jacobian products in the last backward pass.
+    """
+
+    accepted: int = 0
+    rejected: int = 0
+    evaluations: int = 0
+    backward_evaluations: int = 0
+    products: int = 0
+
+
+def integrate(
+    field: Field,
+    stepper: Stepper,
+    pace: Pace,
+    state: Any,
+    end: float,
+    knots: Mapping[float, Tensor],
+    stats: Stats,
+) -> Iterator[Any]:
+    """Yield the accepted steps from ``state`` to ``end``.
+
+    Args:
+        field: The vector field.
+        stepper: The method.
+        pace: Proposes where steps end and judges them.
+        state: Where to start.
+        end: Where to stop; the last step ends exactly there.
+        knots: Times that carry a graph, as tensors, by their value.
+        stats: Counts accepted and rejected steps.
+
+    Raises:
+        SolveError: ``end`` cannot be reached; all steps yielded before are valid.
+    """
+    t = as_float(state.t)
+    while t != end:
+        t1 = pace.propose(t)
+        step = _attempt(field, stepper, state, knots.get(t1, t1))
+        if pace.accepts(field, stepper, step, t, t1):
+            stats.accepted += 1
+            yield step
+            state, t = stepper.end(step), t1
+        else:
+            stats.rejected += 1
+
+
+def _attempt(field: Field, stepper: Stepper, state: Any, t1: Time) -> Any:
+    """A step; taken again with random states recorded when ``f`` turns out to draw in it."""
+    if field.random is not False:
+        return stepper.step(field, state, t1)
+    before = RandomState(field.device)
+    step = stepper.step(field, state, t1)
+    if not before.same(RandomState(field.device)):
+        field.random = True
+        before.set()
+        step = stepper.step(field, state, t1)
+    return step
+
+
+class Outputs(NamedTuple):
+    """Which output times a step holds.
+
+    Attributes:
+        first: Index of the first one strictly inside.
+        stop: One past the index of the last one strictly inside.
+        hit: Index of the one at the step's end, or None.
+    """
+
+    first: int
+    stop: int
+    hit: int | None
+
+    @property
+    def dense(self) -> bool:
+        """Whether the interpolant is needed."""
+        return self.stop > self.first
+
+
+@dataclass
+class OutputTimes:
+    """Sorts the output times into steps.
+
+    Attributes:
+        times: The output times, from ``t[0]`` to ``t[-1]``.
+        direction: +1.0 when time increases, -1.0 when it decreases.
+        tensor: The same times, float64 on the CPU, on the caller's graph.
+        hits: Whether an output at the end of a step moves with the step time ``t1`` (true for a
+            constant time, too). Otherwise its own time is differentiable and it is interpolated.
+    """
+
+    times: Sequence[float]
+    direction: float
+    tensor: Tensor
+    hits: Callable[[float], bool]
+    next: int = 1
+
+    def take(self, t1: float) -> Outputs:
+        """The outputs up to and including ``t1`` that were not yet taken."""
+        first = self.next
+        while self.next < len(self.times) and (t1 - self.times[self.next]) * self.direction >= 0:
+            self.next += 1
+        stop = self.next
+        if stop > first and self.times[stop - 1] == t1 and self.hits(t1):
+            return Outputs(first, stop - 1, stop - 1)
+        return Outputs(first, stop, None)
+
+    def places(self, outputs: Outputs, t: Time, t1: Time) -> Tensor:
+        """Places ``theta`` of a step's dense outputs within it, float64 on the CPU."""
+        return (self.tensor[outputs.first : outputs.stop] - t) / (t1 - t)
+
+
+@dataclass
+class Run:
+    """A finished forward pass.
+
+    Attributes:
+        nodes: Step times, N + 1 floats.
+        outputs: The outputs that each step holds.
+        y: Solution at the output times reached, (T', \\*shape).
+        end: The last state.
+        error: Why the solve stopped early, or None.
+    """
+
+    nodes: list[float]
+    outputs: list[Outputs] = field(default_factory=list)
+    y: Tensor = field(default_factory=lambda: torch.empty(0))
+    end: Any = None
+    error: SolveError | None = None
+
+
+def run(
+    field: Field,
+    stepper: Stepper,
+    steps: Iterator[Any],
+    state: Any,
+    output_times: OutputTimes,
+    keep: Callable[[int, Any, Outputs], None],
+    graph: bool,
+    report: Callable[[float], None] | None = None,
+) -> Run:
+    """Drive a solve: write the outputs, and hand each step to ``keep``.
+
+    Args:
+        field: The vector field, for extra stages of the interpolant.
+        stepper: The method.
+        steps: The accepted steps.
+        state: The first state.
+        output_times: Where to write outputs.
+        keep: Called with (n, step, outputs) for each accepted step.
+        graph: Whether outputs stay on the graph.
+        report: Called with each time reached.
+    """
+    result = Run([as_float(state.t)], end=state)
+    writer = _GraphWriter(state.y) if graph else _Writer(state.y, len(output_times.times))
+    try:
+        for n, step in enumerate(steps):
+            t1 = as_float(step.t1)
+            outputs = output_times.take(t1)
+            if outputs.dense:
+                theta = output_times.places(outputs, step.start.t, step.t1)
+                writer.write(outputs.first, stepper.interpolate(field, step, theta))
+            if outputs.hit is not None:
+                writer.write(outputs.hit, step.y1.unsqueeze(0))
+            keep(n, step, outputs)
+            result.nodes.append(t1)
+            result.outputs.append(outputs)
+            result.end = stepper.end(step)
+            if report is not None:
+                report(t1)
+    except SolveError as error:
+        result.error = error
+    result.y = writer.result(output_times.next)
+    return result
+
+
+class _Writer:
+    """Outputs in one preallocated tensor."""
+
+    def __init__(self, y0: Tensor, count: int) -> None:
+        self.y = y0.new_empty((count, *y0.shape))
+        self.y[0] = y0
+
+    def write(self, first: int, y: Tensor) -> None:
+        self.y[first : first + len(y)] = y
+
+    def result(self, reached: int) -> Tensor:
+        return self.y[:reached]
+
+
+class _GraphWriter:
+    """Outputs that stay on the graph."""
+
+    def __init__(self, y0: Tensor) -> None:
+        self.parts = [y0.unsqueeze(0)]
+
+    def write(self, first: int, y: Tensor) -> None:
+        self.parts.append(y)
+
+    def result(self, reached: int) -> Tensor:
+        return torch.cat(self.parts)

@@ -1,0 +1,86 @@
+"""The front of the way of the data: func, y0 and t, checked and normalised once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symplectic_adjoint._errors import ArgumentError
+from symplectic_adjoint._tree import StateSpec
+from symplectic_adjoint._types import FlatFunc, Func
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An initial value problem on a flat state.
+
+    Attributes:
+        y0: The flat initial state, attached to the caller's graph.
+        t: The caller's times as a float64 tensor on the CPU, attached to the caller's graph.
+        times: The same times as Python floats.
+        spec: How the caller's state maps onto the flat one.
+    """
+
+    y0: Tensor
+    t: Tensor
+    times: tuple[float, ...]
+    spec: StateSpec
+
+    @property
+    def direction(self) -> float:
+        """+1.0 when time increases, -1.0 when it decreases."""
+        return 1.0 if self.times[-1] > self.times[0] else -1.0
+
+    @staticmethod
+    def of(y0: Any, t: Any) -> Problem:
+        """Check and normalise a caller's ``y0`` and ``t``.
+
+        Raises:
+            ArgumentError: ``y0`` is no pytree of floating-point tensors or is not finite, or
+                ``t`` is not a strictly monotone 1-D sequence of at least two finite times.
+        """
+        spec, flat = StateSpec.of(y0)
+        bad = (~torch.isfinite(flat.detach())).reshape(-1).nonzero()
+        if len(bad):
+            raise ArgumentError(
+                f"y0 holds {len(bad)} non-finite value(s), the first at "
+                f"{spec.locate(int(bad[0]))}; clean the initial state"
+            )
+        times_tensor = _times(t)
+        return Problem(flat, times_tensor, tuple(times_tensor.tolist()), spec)
+
+
+def flat_func(func: Func, spec: StateSpec, args: tuple[Any, ...]) -> FlatFunc:
+    """``func`` on the flat state; for a single tensor without args it is ``func`` itself."""
+    if spec.tree is None:
+        return (lambda t, y: func(t, y, *args)) if args else func
+    return lambda t, y: spec.flatten_like(func(t, spec.unflatten(y), *args))
+
+
+def _times(t: Any) -> Tensor:
+    times = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
+    if times.is_complex() or times.dtype == torch.bool:
+        raise ArgumentError(f"t has dtype {times.dtype}; give real times, e.g. t.double()")
+    if times.ndim != 1 or len(times) < 2:
+        raise ArgumentError(
+            f"t must be 1-D with at least two times (where to start, where to end), but has shape "
+            f"{tuple(times.shape)}"
+        )
+    times = times.to("cpu", torch.float64)
+    values = times.detach()
+    if not bool(torch.isfinite(values).all()):
+        where = int((~torch.isfinite(values)).nonzero()[0])
+        raise ArgumentError(f"t[{where}] = {float(values[where])} is not finite; remove it")
+    gaps = values.diff()
+    wrong = ((gaps * gaps.sum().sign()) <= 0).nonzero()
+    if len(wrong):
+        i = int(wrong[0])
+        raise ArgumentError(
+            "t must be strictly increasing or strictly decreasing, but "
+            f"t[{i}] = {float(values[i])} and t[{i + 1}] = {float(values[i + 1])}; "
+            "sort it and remove duplicates, e.g. torch.unique(t)"
+        )
+    return times

@@ -1,0 +1,197 @@
+"""What the loop and the gradient strategies ask of a stepper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from symplectic_adjoint._types import Time
+from symplectic_adjoint.field import DetachedField, Field, RandomState, Stage
+
+
+class State(Protocol):
+    """What a stepper carries from step to step, beginning with the time and the solution."""
+
+    @property
+    def t(self) -> Time: ...
+    @property
+    def y(self) -> Tensor: ...
+
+
+class Step(Protocol):
+    """A step taken from ``start`` to time ``t1``, where the solution is ``y1``."""
+
+    @property
+    def start(self) -> Any: ...
+    @property
+    def t1(self) -> Time: ...
+    @property
+    def y1(self) -> Tensor: ...
+
+
+class Saved(NamedTuple):
+    """What of a step is kept for its reversal: tensors, and the random states of its stages."""
+
+    tensors: Sequence[Tensor]
+    tokens: Sequence[RandomState | None] = ()
+
+
+@dataclass(slots=True)
+class DenseCotangent:
+    """Cotangents ``g`` (m, \\*shape) of the outputs at places ``theta`` (m,) inside a step.
+
+    Attributes:
+        theta: Places within the step, float64 on the CPU.
+        g: Cotangents of the outputs there.
+        slopes: Accumulates the cotangents of ``theta`` (m,), on the device of ``g``; None where
+            the output times need no gradient.
+    """
+
+    theta: Tensor
+    g: Tensor
+    slopes: Tensor | None = None
+
+
+@dataclass(slots=True)
+class TimeCotangents:
+    """Accumulates the cotangents of the step times (N + 1,), on the state's device."""
+
+    values: Tensor
+    wanted: Callable[[int], bool]
+
+    def add_time(self, n: int, c: float, value: Tensor) -> None:
+        """Cotangent of the time ``t_n + c (t_{n+1} - t_n)``."""
+        self.values[n] += (1.0 - c) * value
+        self.values[n + 1] += c * value
+
+    def add_size(self, n: int, value: Tensor) -> None:
+        """Cotangent of the step size ``t_{n+1} - t_n``."""
+        self.values[n] -= value
+        self.values[n + 1] += value
+
+
+@dataclass(slots=True)
+class Reversal:
+    """What the transposes of a sweep share.
+
+    Attributes:
+        field: The field, with aliases that require grad.
+        times: Where the cotangents of the step times go; None where none is wanted.
+    """
+
+    field: DetachedField
+    times: TimeCotangents | None = None
+
+    def wants_time(self, n: int) -> bool:
+        """Whether step ``n`` touches a time whose gradient is wanted."""
+        return self.times is not None and (self.times.wanted(n) or self.times.wanted(n + 1))
+
+
+@dataclass(slots=True)
+class Cotangent:
+    """Cotangent of a state, of ``y`` and of the value ``k`` that the state carries.
+
+    Attributes:
+        y: Cotangent of the solution.
+        k: Cotangent of the carried value; None when nothing depends on it.
+        on_value: Called with the carried value once it is known.
+    """
+
+    y: Tensor
+    k: Tensor | None = None
+    on_value: list[Callable[[Tensor], None]] = field(default_factory=list)
+
+
+class Stepper(Protocol):
+    """A one-step method: ``step`` and, beside it, ``transpose``.
+
+    A stepper holds no state. ``transpose`` is the exact adjoint of the linearised ``step``:
+    with ``delta`` any tangent and ``lam`` any cotangent, ``<lam, S delta> = <S^T lam, delta>``.
+    """
+
+    name: str
+    order: int
+    error_order: int | None
+
+    def begin(self, t: Time, y: Tensor) -> Any:
+        """The state that starts a solve."""
+        ...
+
+    def slope(self, field: Field, state: Any) -> Tensor:
+        """``f`` at the state, evaluated at most once."""
+        ...
+
+    def step(
+        self, field: Field, state: Any, t1: Time, tokens: Sequence[RandomState | None] = ()
+    ) -> Any:
+        """A step from ``state`` to ``t1``; with ``tokens`` it draws the random numbers again."""
+        ...
+
+    def error(self, step: Any) -> Tensor:
+        """The estimate of the local error of a step."""
+        ...
+
+    def end(self, step: Any) -> Any:
+        """The state after a step."""
+        ...
+
+    def stages(self, step: Any) -> Sequence[Stage]:
+        """The stages of a step, in the order of their evaluation."""
+        ...
+
+    def carried(self, state: Any) -> tuple[Tensor, ...]:
+        """The tensors that make up a state, beginning with ``y``."""
+        ...
+
+    def resume(self, t: Time, tensors: Sequence[Tensor], token: RandomState | None) -> Any:
+        """A state from its tensors (``carried``) or from ``y`` alone."""
+        ...
+
+    def interpolate(self, field: Field, step: Any, theta: Tensor) -> Tensor:
+        """The solution at places ``theta`` (m,) of a step, of shape (m, \\*shape)."""
+        ...
+
+    def save(self, step: Any, stages: bool) -> Saved:
+        """What to keep of a step: its start, and its stages where asked for."""
+        ...
+
+    def load(
+        self, field: DetachedField, start: Time, t1: Time, saved: Saved, end: Any, dense: bool
+    ) -> Any:
+        """A step ready to be transposed; stages that were not saved are computed again."""
+        ...
+
+    def transpose(
+        self,
+        reversal: Reversal,
+        n: int,
+        step: Any,
+        cotangent: Cotangent,
+        dense: DenseCotangent | None,
+    ) -> Cotangent:
+        """The cotangent of a step's start from that of its end and of its dense outputs."""
+        ...
+
+    def transpose_begin(self, reversal: Reversal, state: Any, cotangent: Cotangent) -> Tensor:
+        """The cotangent of ``y0`` from that of the state that starts a solve."""
+        ...
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """The real inner product of two tensors of one shape, as a float64 0-dim tensor."""
+    return torch.vdot(a.reshape(-1), b.reshape(-1)).real.double()
+
+
+def powers(theta: Tensor, degree: int) -> Tensor:
+    """``theta^1 ... theta^degree`` as rows: (m,) -> (m, degree)."""
+    return theta.unsqueeze(-1) ** torch.arange(1, degree + 1, dtype=theta.dtype)
+
+
+def power_slopes(theta: Tensor, degree: int) -> Tensor:
+    """Derivatives of ``powers``."""
+    p = torch.arange(1, degree + 1, dtype=theta.dtype)
+    return p * theta.unsqueeze(-1) ** (p - 1)

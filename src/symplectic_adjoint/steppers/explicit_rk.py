@@ -1,0 +1,357 @@
+"""Explicit Runge-Kutta steps, and their transposes by the symplectic adjoint recursion.
+
+A step is a homogeneous list of stages. Stage 0 is ``f(t, y)``, carried over from the step before;
+stages 1 ... s - 1 are the inner ones; stage s, the node, sits at the new point, and its row of
+weights is ``b``; extra stages of the interpolant follow. With ``A`` the strictly lower matrix of all
+rows,
+
+    X_i = y + h sum_{j<i} a_ij k_j,    k_i = f(t + c_i h, X_i),    y1 = X_s.
+
+The transpose visits the stages last to first. With ``lam`` the cotangent of ``y1``, ``g`` those of dense
+outputs with weights ``b_i(theta)``, and ``mu`` the cotangent that the next step puts on the node,
+
+    kappa_i = h (sum_{l>i} a_li v_l + sum b_i(theta) g) + [i = s] mu
+    v_i     = (df/dy)^T kappa_i + [i = s] lam
+    lam'    = sum_i v_i + sum g,    mu' = kappa_0.
+
+This is the symplectic partner of the method (Matsubara, Miyatake, Yaguchi 2024, doi
+10.1109/TNNLS.2023.3242345, eqs. (12)-(14)) multiplied by ``h b_i``, which needs neither a division nor a
+special case where ``b_i = 0``: ``Lambda_i = kappa_i / (h b_i)``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from symplectic_adjoint._types import Time, as_float
+from symplectic_adjoint.dense import Interpolant
+from symplectic_adjoint.field import DetachedField, Field, RandomState, Stage
+from symplectic_adjoint.steppers._base import (
+    Cotangent,
+    DenseCotangent,
+    Reversal,
+    Saved,
+    dot,
+    power_slopes,
+    powers,
+)
+from symplectic_adjoint.tableaus import Tableau
+
+Terms = tuple[tuple[float, int], ...]
+"""The non-zero weights of a linear combination, each with the number of its stage."""
+
+
+class RKState(NamedTuple):
+    """Time, solution, and the stage there (evaluated once a step or an output needs it)."""
+
+    t: Time
+    y: Tensor
+    node: Stage
+
+
+@dataclass(slots=True)
+class RKStep:
+    """A step: its start, its size and its stages so far, each evaluated once it is needed."""
+
+    start: RKState
+    t1: Time
+    h: Time
+    stages: list[Stage]
+    tokens: Sequence[RandomState | None]
+    node: int
+
+    @property
+    def y1(self) -> Tensor:
+        return self.stages[self.node].x
+
+
+class ExplicitRK:
+    """The explicit Runge-Kutta method of a tableau.
+
+    Example:
+        >>> from symplectic_adjoint import tableaus
+        >>> ExplicitRK(tableaus.get("dopri5")).order
+        5
+    """
+
+    def __init__(self, tableau: Tableau, interpolant: Interpolant | None = None) -> None:
+        """Build the stepper.
+
+        Args:
+            tableau: The method.
+            interpolant: A continuous extension to use in place of the tableau's own.
+        """
+        self.tableau = tableau
+        self.name = tableau.name
+        self.order = tableau.order
+        self.error_order = None if tableau.embedded_order is None else tableau.embedded_order + 1
+        self.node = tableau.stages
+        self.dense = interpolant or tableau.interpolant
+        self.rows = tuple(map(_terms, (*tableau.a, tableau.b, *self.dense.a)))
+        self.c = (*tableau.c, 1.0, *self.dense.c)
+        self.columns = tuple(
+            tuple((w, i) for i, row in enumerate(self.rows) for w, j in row if j == stage)
+            for stage in range(len(self.rows))
+        )
+        self.error_terms = _terms(tableau.error or ())
+        self.dense_stages = tuple(i for i, row in enumerate(self.dense.coefficients) if any(row))
+        self.has_extras = len(self.rows) > self.node + 1
+
+    # Forward ---------------------------------------------------------------------------------
+
+    def begin(self, t: Time, y: Tensor) -> RKState:
+        return RKState(t, y, Stage(t, y))
+
+    def slope(self, field: Field, state: RKState) -> Tensor:
+        return _value(field, state.node)
+
+    def step(
+        self, field: Field, state: RKState, t1: Time, tokens: Sequence[RandomState | None] = ()
+    ) -> RKStep:
+        step = RKStep(state, t1, t1 - state.t, [state.node], tokens, self.node)
+        self._extend(field, step, self.node + 1)
+        if self.tableau.error_needs_node:
+            _value(field, step.stages[self.node])
+        return step
+
+    def error(self, step: RKStep) -> Tensor:
+        (weight, first), *rest = self.error_terms
+        h = as_float(step.h)
+        error = torch.mul(_known(step.stages[first]), h * weight)
+        for weight, i in rest:
+            error.add_(_known(step.stages[i]), alpha=h * weight)
+        return error
+
+    def end(self, step: RKStep) -> RKState:
+        return RKState(step.t1, step.y1, step.stages[self.node])
+
+    def stages(self, step: RKStep) -> Sequence[Stage]:
+        return step.stages
+
+    def carried(self, state: RKState) -> tuple[Tensor, ...]:
+        return (state.y,)
+
+    def resume(self, t: Time, tensors: Sequence[Tensor], token: RandomState | None) -> RKState:
+        return RKState(t, tensors[0], Stage(t, tensors[0], None, token))
+
+    def interpolate(self, field: Field, step: RKStep, theta: Tensor) -> Tensor:
+        self._extend(field, step, len(self.rows))
+        k = torch.stack([_value(field, step.stages[i]) for i in self.dense_stages])
+        weights = (powers(theta, self.dense.degree) @ self._coefficients.T).to(k)
+        increment = torch.tensordot(weights, k, dims=1)
+        return step.start.y + step.h * increment
+
+    @functools.cached_property
+    def _coefficients(self) -> Tensor:
+        rows = [self.dense.coefficients[i] for i in self.dense_stages]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def _extend(self, field: Field, step: RKStep, count: int) -> None:
+        """Compute stage points until there are ``count``, evaluating ``f`` where they need it."""
+        stages, h, y = step.stages, step.h, step.start.y
+        for i in range(len(stages), count):
+            x = _combine(y, h, [(w, _value(field, stages[j])) for w, j in self.rows[i]])
+            t = step.t1 if self.c[i] == 1.0 else step.start.t + self.c[i] * h
+            stages.append(Stage(t, x, None, step.tokens[i] if step.tokens else None))
+
+    # Keeping ---------------------------------------------------------------------------------
+
+    def save(self, step: RKStep, stages: bool) -> Saved:
+        kept = [step.start.y]
+        if stages:
+            kept += [s.x for i, s in enumerate(step.stages) if i not in (0, self.node)]
+        tokens = tuple(s.token for s in step.stages)
+        return Saved(tuple(kept), tokens if any(tokens) else ())
+
+    def load(
+        self,
+        field: DetachedField,
+        start: Time,
+        t1: Time,
+        saved: Saved,
+        end: RKState,
+        dense: bool,
+    ) -> RKStep:
+        y, *inner = saved.tensors
+        tokens = saved.tokens
+        node = Stage(start, y, None, tokens[0] if tokens else None)
+        step = RKStep(RKState(start, y, node), t1, t1 - start, [node], tokens, self.node)
+        if inner:
+            for i, x in enumerate(inner, start=1):
+                if i == self.node:
+                    step.stages.append(end.node)
+                i = len(step.stages)
+                token = tokens[i] if tokens else None
+                step.stages.append(Stage(start + self.c[i] * step.h, x, None, token))
+        else:
+            self._extend(field, step, self.node)
+        if len(step.stages) == self.node:
+            step.stages.append(end.node)
+        if dense:
+            self._extend(field, step, len(self.rows))
+        return step
+
+    # Reverse ---------------------------------------------------------------------------------
+
+    def transpose(
+        self,
+        reversal: Reversal,
+        n: int,
+        step: RKStep,
+        cotangent: Cotangent,
+        dense: DenseCotangent | None,
+    ) -> Cotangent:
+        sweep = _Transpose(self, reversal, n, step, dense)
+        for i in range(len(step.stages) - 1, self.node, -1):
+            sweep.v[i] = sweep.pull(i, sweep.kappa(i))
+        sweep.v[self.node] = sweep.pull_node(cotangent)
+        for i in range(self.node - 1, 0, -1):
+            sweep.v[i] = sweep.pull(i, sweep.kappa(i))
+        return sweep.start()
+
+    def transpose_begin(
+        self, reversal: Reversal, state: RKState, cotangent: Cotangent
+    ) -> Tensor:
+        if cotangent.k is None:
+            return cotangent.y
+        times = reversal.times
+        wants_time = times is not None and times.wanted(0)
+        pulled = reversal.field.pull(state.node, cotangent.k, wants_time)
+        for report in cotangent.on_value:
+            report(pulled.k)
+        if times is not None and pulled.time is not None:
+            times.add_time(0, 0.0, pulled.time)
+        return cotangent.y + pulled.v
+
+
+class _Transpose:
+    """The reverse recursion through one step."""
+
+    def __init__(
+        self,
+        method: ExplicitRK,
+        reversal: Reversal,
+        n: int,
+        step: RKStep,
+        dense: DenseCotangent | None,
+    ) -> None:
+        self.method = method
+        self.field = reversal.field
+        self.times = reversal.times if reversal.wants_time(n) else None
+        self.n = n
+        self.step = step
+        self.h = as_float(step.h)
+        self.v: list[Tensor | None] = [None] * len(step.stages)
+        self.dense = dense
+        self.shares = self._dense_shares()
+
+    def kappa(self, i: int) -> Tensor | None:
+        """The cotangent that this step puts on ``k_i``."""
+        terms = [
+            (weight, v) for weight, row in self.method.columns[i]
+            if row < len(self.v) and (v := self.v[row]) is not None
+        ]
+        if i in self.shares:
+            terms.append((1.0, self.shares[i]))
+        if not terms:
+            return None
+        (weight, v), *rest = terms
+        kappa = torch.mul(v, self.h * weight)
+        for weight, v in rest:
+            kappa.add_(v, alpha=self.h * weight)
+        return kappa
+
+    def pull(self, i: int, kappa: Tensor | None) -> Tensor | None:
+        if kappa is None:
+            return None
+        pulled = self.field.pull(self.step.stages[i], kappa, self.times is not None)
+        self._report_value(i, kappa, pulled.k)
+        if self.times is not None and pulled.time is not None:
+            self.times.add_time(self.n, self.method.c[i], pulled.time)
+        return pulled.v
+
+    def pull_node(self, cotangent: Cotangent) -> Tensor:
+        """The node, where the step meets the cotangents ``lam`` and ``mu`` of its end."""
+        node = self.method.node
+        own = self.kappa(node)
+        if own is None and cotangent.k is None:
+            return cotangent.y
+        total = cotangent.k if own is None else own if cotangent.k is None else own + cotangent.k
+        assert total is not None
+        wants_time = self.times is not None or bool(cotangent.on_value)
+        pulled = self.field.pull(self.step.stages[node], total, wants_time)
+        for report in cotangent.on_value:
+            report(pulled.k)
+        if own is not None:
+            self._report_value(node, own, pulled.k)
+        if self.times is not None and pulled.time is not None:
+            self.times.add_time(self.n, 1.0, pulled.time)
+        return cotangent.y + pulled.v
+
+    def start(self) -> Cotangent:
+        """The cotangent of the step's start."""
+        known = [v for v in self.v if v is not None]
+        lam = known[0]
+        for v in known[1:]:
+            lam = lam + v
+        if self.dense is not None:
+            lam = lam + self.dense.g.sum(0)
+        mu = self.kappa(0)
+        reports = []
+        if mu is not None and (
+            self.times is not None or (self.dense is not None and self.dense.slopes is not None)
+        ):
+            reports.append(functools.partial(self._report_value, 0, mu))
+        return Cotangent(lam, mu, reports)
+
+    def _report_value(self, i: int, kappa: Tensor, k: Tensor) -> None:
+        """With ``k_i`` known: its parts of the cotangents of the step size and of ``theta``."""
+        if self.times is not None:
+            self.times.add_size(self.n, dot(k, kappa) / self.h)
+        dense = self.dense
+        if dense is not None and dense.slopes is not None and i in self.method.dense_stages:
+            row = self.method._coefficients[self.method.dense_stages.index(i)]
+            slopes = (power_slopes(dense.theta, len(row)) @ row).to(dense.slopes)
+            along = torch.tensordot(dense.g.flatten(1).conj(), k.flatten().unsqueeze(-1), dims=1)
+            dense.slopes += self.h * slopes * along.squeeze(-1).real
+
+    def _dense_shares(self) -> dict[int, Tensor]:
+        """``sum b_i(theta) g`` for each stage that the outputs weigh."""
+        if self.dense is None:
+            return {}
+        method, g = self.method, self.dense.g
+        weights = powers(self.dense.theta, method.dense.degree) @ method._coefficients.T
+        shares = torch.tensordot(weights.T.to(g), g, dims=1)
+        return dict(zip(method.dense_stages, shares, strict=True))
+
+
+def _terms(row: Sequence[float]) -> Terms:
+    return tuple((float(w), j) for j, w in enumerate(row) if w != 0)
+
+
+def _value(field: Field, stage: Stage) -> Tensor:
+    return field.evaluate(stage) if stage.k is None else stage.k
+
+
+def _known(stage: Stage) -> Tensor:
+    assert stage.k is not None
+    return stage.k.detach()
+
+
+def _combine(y: Tensor, h: Time, terms: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """``y + h sum w k``."""
+    if not terms:
+        return y
+    (weight, k), *rest = terms
+    if isinstance(h, Tensor):
+        return y + h * sum((w * k for w, k in rest), start=weight * k)
+    x = torch.add(y, k, alpha=h * weight)
+    for weight, k in rest:
+        x.add_(k, alpha=h * weight)
+    return x
