@@ -1,0 +1,33 @@
+"""What the documentation shows runs, and gives what it says."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests import markdown
+
+PAGES = sorted((markdown.ROOT / "docs").glob("*.md"))
+EXAMPLES = markdown.ROOT / "examples"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_of_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    markdown.run(page)
+
+
+def load(path: Path) -> ModuleType:
+    """A script as a module, without running its command line."""
+    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_training_example_learns() -> None:
+    losses = load(EXAMPLES / "train_neural_ode.py").train(iterations=100, batch=16)
+    assert sum(losses[-10:]) < 0.1 * sum(losses[:10])
