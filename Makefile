@@ -12,7 +12,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 EXTRAS_cli := cli
 EXTRAS_dev := cli,scipy,bench,dev
-EXTRAS_docs := docs
+EXTRAS_docs := cli,docs
 
 # A stamp counts only for a venv that was made in this place and still has its Python.
 ifneq ($(shell cat $(VENV)/.checkout 2>/dev/null; test -x $(PY) || echo broken),$(CURDIR))
@@ -50,7 +50,7 @@ layers: $(VENV)/.ready-dev ## imports point to lower layers
 	$(VENV)/bin/lint-imports $(ARGS)
 
 docs: $(VENV)/.ready-docs ## build the documentation into site/, warnings are errors
-	$(PY) -m mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 
 bench: $(VENV)/.ready-dev ## measure us and the peers: make bench ARGS="spiral --quick"
 	$(PY) -m benchmarks $(ARGS)
