@@ -1,0 +1,66 @@
+"""Fills in, when the documentation is built, what the code knows best.
+
+A page asks for a text with a line ``<!-- generated: NAME -->``; :data:`GENERATORS` makes it.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Puts generated text where a page asks for it (an event of mkdocs)."""
+    return MARKER.sub(lambda match: GENERATORS[match[1]](), markdown)
+
+
+def methods() -> str:
+    """The table of methods, and where each comes from."""
+    from symplectic_adjoint import tableaus
+
+    found = sorted(map(tableaus.get, tableaus.names()), key=lambda each: (each.order, each.name))
+    rows = []
+    for each in found:
+        order = f"{each.order}({each.embedded_order})" if each.adaptive else f"{each.order}"
+        extra = each.interpolant.extra_stages
+        rows.append(
+            (
+                f"`{each.name}`",
+                order,
+                "adaptive" if each.adaptive else "fixed grid",
+                each.stages,
+                f"order {each.interpolant.order}" + (f", {extra} extra" if extra else ""),
+            )
+        )
+    titles = ("name", "order", "steps", "evaluations per step", "dense output")
+    sources = "\n".join(f"- `{each.name}`: {each.citation}" for each in found)
+    return f'{table(titles, rows)}\n\n??? note "Sources"\n{indent(sources)}'
+
+
+def compare_help() -> str:
+    """What ``symplectic-adjoint compare --help`` prints."""
+    command = [sys.executable, "-m", "symplectic_adjoint.cli", "compare", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return f"```text\n{result.stdout.strip()}\n```"
+
+
+def table(titles: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def indent(text: str) -> str:
+    """Text as the content of an admonition."""
+    return "\n".join(f"    {line}" if line else "" for line in ("", *text.splitlines()))
+
+
+GENERATORS: dict[str, Callable[[], str]] = {
+    "compare_help": compare_help,
+    "methods": methods,
+}
