@@ -4,7 +4,6 @@ import re
 
 import torch
 
-import symplectic_adjoint as sa
 from tests import markdown
 
 README = markdown.ROOT / "README.md"
