@@ -42,6 +42,19 @@ def methods() -> str:
     return f'{table(titles, rows)}\n\n??? note "Sources"\n{indent(sources)}'
 
 
+def strategies() -> str:
+    """What every strategy declares of itself."""
+    from symplectic_adjoint import gradients
+
+    rows = []
+    for name in gradients.names():
+        strategy = gradients.get(name)
+        method = f"`{strategy.method}` only" if strategy.method else "any"
+        does = (type(strategy).__doc__ or "").partition("\n")[0]
+        rows.append((f'`"{name}"`', "yes" if strategy.exact else "**no**", method, does))
+    return table(("`gradient=`", "exact", "method", "what it does"), rows)
+
+
 def compare_help() -> str:
     """What ``symplectic-adjoint compare --help`` prints."""
     command = [sys.executable, "-m", "symplectic_adjoint.cli", "compare", "--help"]
@@ -63,4 +76,5 @@ def indent(text: str) -> str:
 GENERATORS: dict[str, Callable[[], str]] = {
     "compare_help": compare_help,
     "methods": methods,
+    "strategies": strategies,
 }
