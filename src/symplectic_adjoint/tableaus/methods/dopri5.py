@@ -1,4 +1,4 @@
-"""The pairs of Dormand and Prince."""
+"""Dormand and Prince's pair 5(4)."""
 
 from __future__ import annotations
 
