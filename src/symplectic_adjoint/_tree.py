@@ -89,7 +89,7 @@ class StateSpec:
         leaves = [
             part.reshape(batch + shape).to(dtype)
             for part, shape, dtype in zip(
-                flat.split(self.sizes, dim=-1), self.shapes, self.dtypes, strict=True
+                torch.split(flat, list(self.sizes), dim=-1), self.shapes, self.dtypes, strict=True
             )
         ]
         return pytree.tree_unflatten(leaves, self.tree)

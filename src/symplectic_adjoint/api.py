@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,8 +56,9 @@ def solve(
     fixed, for ``y0``, ``args``, every tensor that ``func`` depends on, and ``t``.
 
     Args:
-        func: Gives the derivative of the state, like ``y0`` in structure, shape, dtype and device. It
-            receives ``t`` as a 0-dim tensor. Modules, functions, closures and partials work alike.
+        func: Gives the derivative of the state, like ``y0`` in structure, shape, dtype and device.
+            It receives ``t`` as a 0-dim tensor. Modules, functions, closures and partials work
+            alike.
         y0: Initial state: a floating-point or complex tensor, or a pytree of such.
         t: Times at which the solution is wanted, (T,), strictly monotone; the solve starts at
             ``t[0]`` and ends at ``t[-1]``.
@@ -74,7 +76,7 @@ def solve(
         progress: True for a progress meter, or a function called with each time reached.
 
     Returns:
-        The solution; ``solution.y`` has shape (T, \\*y0.shape).
+        The solution; ``solution.y`` has shape (T, ...).
 
     Raises:
         ArgumentError: An argument is unusable.
@@ -149,7 +151,7 @@ def odeint(
         params: When given, gradients go to ``y0``, ``t`` and these tensors only.
 
     Returns:
-        The solution at ``t``: (T, \\*y0.shape), or a pytree like ``y0`` with such leaves.
+        The solution at ``t``: (T, ...), or a pytree like ``y0`` with such leaves.
 
     Raises:
         ArgumentError: An argument is unusable.
@@ -317,7 +319,7 @@ def _recorded(job: _Job) -> tuple[Solution, Any]:
 
     with torch.enable_grad(), job.capture.substituted(aliases):
         strategy = job.strategy if wants_grad else Symplectic()
-        field = strategy.field(job.func, y0.detach(), aliases, job.capture, job.wants_time)
+        field = strategy.forward_field(job.func, y0.detach(), aliases, job.capture, job.wants_time)
         times = _output_times(job, job.problem.t.detach())
         result, stats = _run(job, field, {}, times, keep, graph=False)
     tape = _tape(job, field, result, stats, records, aliases)
@@ -437,7 +439,7 @@ class _Dense:
         edges = torch.searchsorted(times.detach() * direction, self.nodes * direction, side="right")
         edges[0] = 0
         stops = edges.tolist()
-        return [Outputs(a, b, None) for a, b in zip(stops, stops[1:], strict=False)]
+        return [Outputs(a, b, None) for a, b in itertools.pairwise(stops)]
 
 
 class _GraphDense(_Dense):

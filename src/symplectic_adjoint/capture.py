@@ -243,9 +243,8 @@ class _Walk:
             if attribute in ("_parameters", "_buffers"):
                 self._container(value, name)
             elif attribute == "_modules":
-                for key, child in value.items():
-                    if key not in skip:
-                        self.visit(child, f"{name}.{key}")
+                children = {key: child for key, child in value.items() if key not in skip}
+                self._container(children, name)
             elif isinstance(value, Tensor):
                 self.capture._add(value, f"{name}.{attribute}", _Slot(vars(module), attribute))
             elif not attribute.startswith("__"):
@@ -263,7 +262,7 @@ class _Walk:
             self.capture._add(value, f"{name}.{key}", _Slot(fixed.__dict__, "value"))
 
     def _hooked_weights(self, module: nn.Module, name: str) -> None:
-        """The older weight_norm and spectral_norm: hooks that assign the weight before each call."""
+        """The older weight_norm and spectral_norm: hooks that assign the weight at each call."""
         hooks: Any = module._forward_pre_hooks
         for key, hook in list(hooks.items()):
             if type(hook).__module__ in _WEIGHT_HOOKS:

@@ -53,7 +53,7 @@ class Pullback(NamedTuple):
     k: Tensor
 
 
-class Rediscovered(Exception):
+class Rediscovered(Exception):  # noqa: N818 - a signal, not an error
     """A missed tensor was added to the capture: the solve starts again."""
 
 
@@ -71,9 +71,7 @@ class RandomState:
         """Whether nothing was drawn between the two."""
         if not torch.equal(self.cpu, other.cpu):
             return False
-        return (
-            self.cuda is None or other.cuda is None or bool(torch.equal(self.cuda, other.cuda))
-        )
+        return self.cuda is None or other.cuda is None or bool(torch.equal(self.cuda, other.cuda))
 
     def set(self) -> None:
         """Put the generators into this state."""
@@ -148,7 +146,7 @@ class Field:
         return self._coerced(k)
 
     def evaluate(self, stage: Stage) -> Tensor:
-        """Set and return ``stage.k``; a stage with a token draws the random numbers it drew then."""
+        """Set and return ``stage.k``; with a token, the random numbers are those drawn then."""
         if stage.token is not None:
             with stage.token.restored():
                 k = self._evaluate(stage)
@@ -279,7 +277,11 @@ class LeafField(DetachedField):
     """A detached field that keeps the graph of every stage for its pull-back."""
 
     def __init__(
-        self, func: FlatFunc, like: Tensor, aliases: Sequence[Tensor], capture: Capture | None,
+        self,
+        func: FlatFunc,
+        like: Tensor,
+        aliases: Sequence[Tensor],
+        capture: Capture | None,
         wants_time: bool,
     ) -> None:
         super().__init__(func, like, aliases, capture)

@@ -142,7 +142,7 @@ class Run:
     Attributes:
         nodes: Step times, N + 1 floats.
         outputs: The outputs that each step holds.
-        y: Solution at the output times reached, (T', \\*shape).
+        y: Solution at the output times reached, (T', ...).
         end: The last state.
         error: Why the solve stopped early, or None.
     """

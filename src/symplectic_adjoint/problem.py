@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ class Problem:
         return Problem(flat, times_tensor, tuple(times_tensor.tolist()), spec)
 
 
-def flat_func(func: Func, spec: StateSpec, args: tuple[Any, ...]) -> FlatFunc:
+def flat_func(func: Func, spec: StateSpec, args: Sequence[Any]) -> FlatFunc:
     """``func`` on the flat state; for a single tensor without args it is ``func`` itself."""
     if spec.tree is None:
         return (lambda t, y: func(t, y, *args)) if args else func

@@ -19,7 +19,7 @@ class Solution:
 
     Attributes:
         t: Output times reached (T,), in the caller's order.
-        y: Solution there: (T, \\*y0.shape), or a pytree like ``y0`` with such leaves.
+        y: Solution there: (T, ...), or a pytree like ``y0`` with such leaves.
         steps: Accepted grid (N + 1,), float64 on the CPU, from ``t[0]`` to the time reached.
         stats: Counts of steps and evaluations; the backward pass fills in its own.
         status: How the solve ended; anything but ``Status.SUCCESS`` only with ``throw=False``.
@@ -41,7 +41,7 @@ class Solution:
             t: A time or a 1-D tensor of times, in any order, within the interval solved.
 
         Returns:
-            (\\*t.shape, \\*y0.shape), or a pytree like ``y0`` with such leaves.
+            Of shape ``(*t.shape, *y0.shape)``, or a pytree like ``y0`` with such leaves.
 
         Raises:
             ArgumentError: The solve was not asked to keep its steps (``dense=True``), or a time

@@ -62,7 +62,9 @@ class Controller(Protocol):
         ...
 
 
-def non_finite(field: Field, stages: Sequence[Stage], t: float, h: float, y1: Tensor) -> NonFiniteError:
+def non_finite(
+    field: Field, stages: Sequence[Stage], t: float, h: float, y1: Tensor
+) -> NonFiniteError:
     """The error that names the first non-finite value of a step."""
     for stage in stages:
         if stage.k is not None and (where := _first_bad(stage.k)) is not None:

@@ -26,8 +26,8 @@ from symplectic_adjoint.steppers import Stepper
 class Adaptive:
     """Accepts a step whose scaled error is at most 1 and derives the next size from it.
 
-    With ``e_n`` the norm of the error estimate over ``atol + rtol max(|y|, |y1|)`` and ``q`` the order
-    of the estimate, the factor between step sizes is
+    With ``e_n`` the norm of the error estimate over ``atol + rtol max(|y|, |y1|)`` and ``q`` the
+    order of the estimate, the factor between step sizes is
 
         safety * e_n^(-(p + i + d)/q) * e_{n-1}^((p + 2 d)/q) * e_{n-2}^(-d/q)
 
@@ -113,7 +113,9 @@ class Adaptive:
         if self.first_step is not None:
             return min(self.first_step, self.max_step)
         span = abs(pace.setting.end - as_float(state.t))
-        return min(max(_select_first_step(field, stepper, state, pace, span), self.min_step), self.max_step)
+        return min(
+            max(_select_first_step(field, stepper, state, pace, span), self.min_step), self.max_step
+        )
 
 
 @dataclass
@@ -161,8 +163,10 @@ class AdaptivePace:
             self._reject_non_finite(field, stepper, step, t, t1)
             return False
         accepted = error <= 1.0 or h <= self.controller.min_step
-        self.h = min(max(h * self._factor(error, accepted), self.controller.min_step),
-                     self.controller.max_step)
+        self.h = min(
+            max(h * self._factor(error, accepted), self.controller.min_step),
+            self.controller.max_step,
+        )
         if accepted:
             self.errors = (max(error, 1e-10), self.errors[0])
         return accepted
@@ -177,7 +181,8 @@ class AdaptivePace:
         x = x / (size * self.setting.rtol + self.setting.atol)
         if self.controller.norm is not None:
             return self.controller.norm(x)
-        return torch.linalg.vector_norm(x) * max(x.numel(), 1) ** -0.5
+        norm: Tensor = torch.linalg.vector_norm(x)
+        return norm / math.sqrt(max(x.numel(), 1))
 
     def _factor(self, error: float, accepted: bool) -> float:
         c, q = self.controller, self.error_order
@@ -186,9 +191,9 @@ class AdaptivePace:
         last, before = self.errors
         factor = (
             c.safety
-            * error ** (-(c.pcoeff + c.icoeff + c.dcoeff) / q)
-            * last ** ((c.pcoeff + 2 * c.dcoeff) / q)
-            * before ** (-c.dcoeff / q)
+            * math.pow(error, -(c.pcoeff + c.icoeff + c.dcoeff) / q)
+            * math.pow(last, (c.pcoeff + 2 * c.dcoeff) / q)
+            * math.pow(before, -c.dcoeff / q)
         )
         return min(max(factor, 1.0 if accepted else c.factor_min), c.factor_max)
 
@@ -237,6 +242,5 @@ def _check_tolerances(setting: Setting) -> None:
         low = float(value.min()) if isinstance(value, Tensor) else float(value)
         if not 0 <= low < math.inf:
             raise ArgumentError(f"{name} = {value} must be non-negative and finite")
-    if not isinstance(setting.rtol, Tensor) and not isinstance(setting.atol, Tensor):
-        if setting.rtol == 0 and setting.atol == 0:
-            raise ArgumentError("rtol and atol are both zero; give at least one tolerance")
+    if not any(isinstance(x, Tensor) or x > 0 for x in (setting.rtol, setting.atol)):
+        raise ArgumentError("rtol and atol are both zero; give at least one tolerance")

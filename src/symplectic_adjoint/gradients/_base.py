@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -72,7 +73,7 @@ class Sweep:
     out_times: Tensor | None
     setting: Any
     controller: Any
-    _pending: list[tuple[int, Outputs, DenseCotangent]] = field(default_factory=list)
+    _pending: list[tuple[int, Outputs, DenseCotangent]] = dataclasses.field(default_factory=list)
 
     def place(self, n: int) -> Tensor:
         """Places of the dense outputs within step ``n``."""
@@ -94,7 +95,8 @@ class Sweep:
     def finish_times(self) -> None:
         """Turn the cotangents of places into those of output times and step times."""
         for n, outputs, dense in self._pending:
-            assert dense.slopes is not None and self.out_times is not None
+            assert dense.slopes is not None
+            assert self.out_times is not None
             slope = dense.slopes / (self.nodes[n + 1] - self.nodes[n])
             self.out_times[outputs.first : outputs.stop] += slope
             if (times := self.reversal.times) is not None:
@@ -131,7 +133,7 @@ class Strategy:
                 f"{stepper.name!r}; leave method out, or choose gradient='symplectic'"
             )
 
-    def field(
+    def forward_field(
         self, func: Any, like: Tensor, aliases: Sequence[Tensor], capture: Capture, time: bool
     ) -> DetachedField:
         """The field of the forward pass; ``time`` says whether times need gradients."""
@@ -195,7 +197,7 @@ def replay(
         times: Output times, float64 on the CPU.
 
     Returns:
-        The last state, and the outputs as (index of the first, values (m, \\*shape)).
+        The last state, and the outputs as (index of the first, values (m, ...)).
     """
     parts = []
     for t1, held, drawn in zip(nodes[1:], outputs, tokens, strict=True):
@@ -241,9 +243,7 @@ def _segment(
     kept = [x.detach().requires_grad_() for x in (saved.tensors if first else (sweep.y0,))]
     tokens = [r.saved.tokens for r in records]
     state = stepper.resume(nodes[0], kept, tokens[0][0] if tokens[0] else None)
-    end, parts = replay(
-        field, stepper, state, nodes, sweep.outputs[first:last], tokens, times
-    )
+    end, parts = replay(field, stepper, state, nodes, sweep.outputs[first:last], tokens, times)
     pairs = list(zip(stepper.carried(end), cotangent, strict=False))
     pairs += [(y, sweep.g[i : i + len(y)]) for i, y in parts]
     pairs = [(y, g) for y, g in pairs if g is not None and y.requires_grad]

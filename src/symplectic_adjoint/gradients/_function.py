@@ -111,21 +111,22 @@ def attach(tape: Tape, y: Tensor, y0: Tensor, nodes: Tensor, times: Tensor) -> T
 
     Args:
         tape: The solve.
-        y: Its outputs (T, \\*shape).
+        y: Its outputs (T, ...).
         y0: The initial state.
         nodes: Step times (N + 1,), float64 on the CPU, attached to ``t`` where they follow it.
         times: Output times (T,), likewise.
 
     Returns:
-        ``y`` with a gradient with respect to ``y0``, ``nodes``, ``times`` and every captured tensor.
+        ``y`` with a gradient with respect to ``y0``, ``nodes``, ``times`` and every captured
+        tensor.
     """
-    out: Tensor = _Solve.apply(tape, y, y0, nodes, times, *tape.capture.tensors)  # type: ignore[no-untyped-call]
-    return out
+    apply: Callable[..., Tensor] = _Solve.apply
+    return apply(tape, y, y0, nodes, times, *tape.capture.tensors)
 
 
 class _Solve(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, tape: Tape, y: Tensor, y0: Tensor, nodes: Tensor, times: Tensor, *captured: Tensor
     ) -> Tensor:
         ctx.tape = tape
@@ -137,7 +138,7 @@ class _Solve(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         inputs, y, kept = saved[: ctx.inputs], saved[ctx.inputs], saved[ctx.inputs + 1 :]
         needs = ctx.needs_input_grad[2:]
@@ -155,7 +156,7 @@ def _reversed(
     g: Tensor,
 ) -> list[Tensor | None]:
     """First derivatives, by the tape's strategy."""
-    y0, nodes, times, *captured = inputs
+    y0, _, times, *captured = inputs
     end, records = tape.restored(kept)
     aliases = list(tape.aliases) or detached(captured)
     with torch.enable_grad(), tape.capture.substituted(aliases), tape.autocast.restored():
@@ -196,8 +197,8 @@ def _replayed(
     """First derivatives that can be differentiated again: the frozen grid under autograd."""
     if not tape.strategy.exact:
         raise SecondDerivativeError(
-            f"the gradient of gradient={tape.strategy.name!r} is not that of the computed solution, "
-            "and cannot be differentiated again; use 'symplectic' or another exact strategy"
+            f"gradient={tape.strategy.name!r} does not give the gradient of the computed solution, "
+            "which cannot be differentiated again; use 'symplectic' or another exact strategy"
         )
     # Views, so that an input that appears twice is told apart.
     y0, nodes, times, *captured = views = [x.view_as(x) for x in inputs]
@@ -210,9 +211,7 @@ def _replayed(
         ]
         state = tape.stepper.resume(knots[0], (y0,), tokens[0][0] if any(tokens) else None)
         output_times = times if needs[2] else times.detach()
-        _, parts = replay(
-            field, tape.stepper, state, knots, tape.outputs, tokens, output_times
-        )
+        _, parts = replay(field, tape.stepper, state, knots, tape.outputs, tokens, output_times)
         y = torch.cat([y0.unsqueeze(0), *(part for _, part in parts)])
     wanted = [i for i, need in enumerate(needs) if need]
     grads = torch.autograd.grad(

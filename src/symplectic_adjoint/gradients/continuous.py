@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,9 +23,9 @@ from symplectic_adjoint.steppers._base import Saved, dot
 class Continuous(Strategy):
     """Solves the augmented adjoint ODE between output times, from the last to the first.
 
-    Chen et al. 2018, "Neural ordinary differential equations", arXiv 1806.07366, algorithm 2, with the
-    seminorm of Kidger, Chen, Lyons 2021, arXiv 2009.09457, section 3. Not exact: the gradient is that of
-    the continuous problem, discretised anew; its error follows the tolerances.
+    Chen et al. 2018, "Neural ordinary differential equations", arXiv 1806.07366, algorithm 2, with
+    the seminorm of Kidger, Chen, Lyons 2021, arXiv 2009.09457, section 3. Not exact: the gradient
+    is that of the continuous problem, discretised anew; its error follows the tolerances.
 
     Attributes:
         seminorm: Leave the parameters' part, a quadrature, out of the error norm.
@@ -112,7 +113,7 @@ class _AdjointSolve:
                 rtol=sweep.setting.rtol if self.strategy.rtol is None else self.strategy.rtol,
                 atol=sweep.setting.atol if self.strategy.atol is None else self.strategy.atol,
             )
-            own = replace(controller, norm=self._norm(controller.norm), first_step=None)
+            own = replace(controller, norm=self._norm(), first_step=None)
             pace: Any = own.begin(field, self.stepper, state, setting)
         else:
             pace = GridPace(self._grid(start, end))
@@ -133,18 +134,17 @@ class _AdjointSolve:
         wanted = [graph.x, *self.aliases, *([graph.t] if self.wants_time else [])]
         if not graph.k.requires_grad:
             return self._pack([graph.k, *(torch.zeros_like(x) for x in wanted)])
-        grads = torch.autograd.grad(graph.k, wanted, -lam, allow_unused=True)
-        pairs = zip(grads, wanted, strict=True)
-        return self._pack(
-            [graph.k.detach(), *(torch.zeros_like(x) if g is None else g for g, x in pairs)]
-        )
+        grads = torch.autograd.grad(graph.k, wanted, -lam, materialize_grads=True)
+        return self._pack([graph.k, *grads])
 
-    def _norm(self, norm: Norm | None) -> Norm:
+    def _norm(self) -> Norm:
+        """The largest root mean square of the parts that count."""
         count = 2 if self.strategy.seminorm else len(self.sizes)
 
         def largest(z: Tensor) -> Tensor:
-            parts = [x for x in z.split(self.sizes)[:count] if x.numel()]
-            return torch.stack([torch.linalg.vector_norm(x) * x.numel() ** -0.5 for x in parts]).max()
+            parts = [x for x in torch.split(z, self.sizes)[:count] if x.numel()]
+            sizes = [torch.linalg.vector_norm(x) / math.sqrt(x.numel()) for x in parts]
+            return torch.stack(sizes).max()
 
         return largest
 
@@ -153,7 +153,9 @@ class _AdjointSolve:
         return torch.cat([x.detach().reshape(-1).to(self.dtype) for x in real])
 
     def _unpack(self, z: Tensor) -> list[Tensor]:
-        return [_shaped(x, like) for x, like in zip(z.split(self.sizes), self.like, strict=True)]
+        return [
+            _shaped(x, like) for x, like in zip(torch.split(z, self.sizes), self.like, strict=True)
+        ]
 
 
 def _shaped(x: Tensor, like: Tensor) -> Tensor:

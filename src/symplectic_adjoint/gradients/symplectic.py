@@ -22,9 +22,11 @@ class Symplectic(Strategy):
     Matsubara, Miyatake, Yaguchi 2024, doi 10.1109/TNNLS.2023.3242345, algorithm 1.
 
     Attributes:
-        store: ``"steps"`` keeps the state at each step, as in the paper, and computes the stages again;
+        store: ``"steps"`` keeps the state at each step, as in the paper, and computes the stages
+        again;
             ``"stages"`` keeps the stages as well, which saves one evaluation a stage; ``"graph"``
-            keeps the autograd graph of every stage, which saves all evaluations and none of the memory.
+            keeps the autograd graph of every stage, which saves all evaluations and none of the
+            memory.
 
     Raises:
         UnknownNameError: ``store`` is none of these.
@@ -37,7 +39,7 @@ class Symplectic(Strategy):
         if self.store not in ("steps", "stages", "graph"):
             raise UnknownNameError("store", self.store, ("steps", "stages", "graph"))
 
-    def field(
+    def forward_field(
         self, func: Any, like: Tensor, aliases: Sequence[Tensor], capture: Capture, time: bool
     ) -> DetachedField:
         if self.store == "graph":

@@ -42,7 +42,7 @@ class Saved(NamedTuple):
 
 @dataclass(slots=True)
 class DenseCotangent:
-    """Cotangents ``g`` (m, \\*shape) of the outputs at places ``theta`` (m,) inside a step.
+    """Cotangents ``g`` (m, ...) of the outputs at places ``theta`` (m,) inside a step.
 
     Attributes:
         theta: Places within the step, float64 on the CPU.
@@ -152,7 +152,7 @@ class Stepper(Protocol):
         ...
 
     def interpolate(self, field: Field, step: Any, theta: Tensor) -> Tensor:
-        """The solution at places ``theta`` (m,) of a step, of shape (m, \\*shape)."""
+        """The solution at places ``theta`` (m,) of a step, of shape (m, ...)."""
         ...
 
     def save(self, step: Any, stages: bool) -> Saved:

@@ -1,7 +1,7 @@
 """The asynchronous leapfrog: a reversible second-order method, its inverse and its transpose.
 
-With ``v`` an approximation of ``f(t, y)`` carried beside the solution (Mutze 2013, arXiv 1311.6602; Zhuang
-et al. 2021, "MALI", arXiv 2102.04668, algorithms 2 and 3),
+With ``v`` an approximation of ``f(t, y)`` carried beside the solution (Mutze 2013, arXiv
+1311.6602; Zhuang et al. 2021, "MALI", arXiv 2102.04668, algorithms 2 and 3),
 
     y_m = y + h/2 v,    u = f(t + h/2, y_m),    v1 = 2 u - v,    y1 = y_m + h/2 v1.
 
@@ -97,7 +97,9 @@ class ALF:
 
     def error(self, step: ALFStep) -> Tensor:
         """``h (u - v)``: the distance to the embedded Euler step."""
-        assert step.start is not None and step.mid.k is not None and step.start.node.k is not None
+        assert step.start is not None
+        assert step.mid.k is not None
+        assert step.start.node.k is not None
         return (step.mid.k.detach() - step.start.node.k.detach()) * as_float(step.h)
 
     def end(self, step: ALFStep) -> ALFState:
@@ -116,17 +118,22 @@ class ALF:
         return ALFState(t, y, Stage(t, y, v[0] if v else None, token))
 
     def interpolate(self, field: Field, step: ALFStep, theta: Tensor) -> Tensor:
-        assert step.start is not None and step.finish is not None and step.mid.k is not None
+        assert step.start is not None
+        assert step.finish is not None
+        assert step.mid.k is not None
         v, v1 = step.start.node.k, step.finish.node.k
-        assert v is not None and v1 is not None
+        assert v is not None
+        assert v1 is not None
         k = torch.stack([v, step.mid.k, v1])
         weights = (powers(theta, 3) @ _DENSE.T).to(k)
-        return step.start.y + step.h * torch.tensordot(weights, k, dims=1)
+        y: Tensor = step.start.y + step.h * torch.tensordot(weights, k, dims=1)
+        return y
 
     # Keeping ---------------------------------------------------------------------------------
 
     def save(self, step: ALFStep, stages: bool) -> Saved:
-        assert step.start is not None and step.start.node.k is not None
+        assert step.start is not None
+        assert step.start.node.k is not None
         tokens = (step.start.node.token, step.mid.token)
         kept = (step.start.y, step.start.node.k)
         return Saved(kept, tokens if any(tokens) else ())
@@ -192,9 +199,7 @@ class ALF:
             dense.slopes += h * (weights * products.real).sum(1)
         return Cotangent(cot_y, cot_v)
 
-    def transpose_begin(
-        self, reversal: Reversal, state: ALFState, cotangent: Cotangent
-    ) -> Tensor:
+    def transpose_begin(self, reversal: Reversal, state: ALFState, cotangent: Cotangent) -> Tensor:
         if cotangent.k is None:
             return cotangent.y
         times = reversal.times
@@ -208,7 +213,8 @@ class ALF:
     def _ends(step: ALFStep, u: Tensor) -> tuple[Tensor, Tensor]:
         """``v`` and ``v1`` of a step whose ``u`` is known; completes an inverted step."""
         if step.start is None:
-            assert step.finish is not None and step.finish.node.k is not None
+            assert step.finish is not None
+            assert step.finish.node.k is not None
             v1 = step.finish.node.k
             v = 2 * u - v1
             y = step.mid.x - (0.5 * as_float(step.h)) * v

@@ -2,27 +2,28 @@
 
 A step is a homogeneous list of stages. Stage 0 is ``f(t, y)``, carried over from the step before;
 stages 1 ... s - 1 are the inner ones; stage s, the node, sits at the new point, and its row of
-weights is ``b``; extra stages of the interpolant follow. With ``A`` the strictly lower matrix of all
-rows,
+weights is ``b``; extra stages of the interpolant follow. With ``A`` the strictly lower matrix of
+all rows,
 
     X_i = y + h sum_{j<i} a_ij k_j,    k_i = f(t + c_i h, X_i),    y1 = X_s.
 
-The transpose visits the stages last to first. With ``lam`` the cotangent of ``y1``, ``g`` those of dense
-outputs with weights ``b_i(theta)``, and ``mu`` the cotangent that the next step puts on the node,
+The transpose visits the stages last to first. With ``lam`` the cotangent of ``y1``, ``g`` those of
+dense outputs with weights ``b_i(theta)``, and ``mu`` the cotangent that the next step puts on the
+node,
 
     kappa_i = h (sum_{l>i} a_li v_l + sum b_i(theta) g) + [i = s] mu
     v_i     = (df/dy)^T kappa_i + [i = s] lam
     lam'    = sum_i v_i + sum g,    mu' = kappa_0.
 
 This is the symplectic partner of the method (Matsubara, Miyatake, Yaguchi 2024, doi
-10.1109/TNNLS.2023.3242345, eqs. (12)-(14)) multiplied by ``h b_i``, which needs neither a division nor a
-special case where ``b_i = 0``: ``Lambda_i = kappa_i / (h b_i)``.
+10.1109/TNNLS.2023.3242345, eqs. (12)-(14)) multiplied by ``h b_i``, which needs neither a division
+nor a special case where ``b_i = 0``: ``Lambda_i = kappa_i / (h b_i)``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -145,7 +146,8 @@ class ExplicitRK:
         k = torch.stack([_value(field, step.stages[i]) for i in self.dense_stages])
         weights = (powers(theta, self.dense.degree) @ self._coefficients.T).to(k)
         increment = torch.tensordot(weights, k, dims=1)
-        return step.start.y + step.h * increment
+        y: Tensor = step.start.y + step.h * increment
+        return y
 
     @functools.cached_property
     def _coefficients(self) -> Tensor:
@@ -215,9 +217,7 @@ class ExplicitRK:
             sweep.v[i] = sweep.pull(i, sweep.kappa(i))
         return sweep.start()
 
-    def transpose_begin(
-        self, reversal: Reversal, state: RKState, cotangent: Cotangent
-    ) -> Tensor:
+    def transpose_begin(self, reversal: Reversal, state: RKState, cotangent: Cotangent) -> Tensor:
         if cotangent.k is None:
             return cotangent.y
         times = reversal.times
@@ -254,7 +254,8 @@ class _Transpose:
     def kappa(self, i: int) -> Tensor | None:
         """The cotangent that this step puts on ``k_i``."""
         terms = [
-            (weight, v) for weight, row in self.method.columns[i]
+            (weight, v)
+            for weight, row in self.method.columns[i]
             if row < len(self.v) and (v := self.v[row]) is not None
         ]
         if i in self.shares:
@@ -303,7 +304,7 @@ class _Transpose:
         if self.dense is not None:
             lam = lam + self.dense.g.sum(0)
         mu = self.kappa(0)
-        reports = []
+        reports: list[Callable[[Tensor], None]] = []
         if mu is not None and (
             self.times is not None or (self.dense is not None and self.dense.slopes is not None)
         ):
