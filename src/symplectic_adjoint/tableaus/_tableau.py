@@ -208,7 +208,9 @@ class Tableau:
 
     def _check_interpolant(self, condition: Condition) -> None:
         """``sum_i b_i(theta) Phi_i = theta^order / density``, power by power."""
-        for power, weights in enumerate(zip(*self.interpolant.coefficients, strict=True), start=1):
+        powers = tuple(zip(*self.interpolant.coefficients, strict=True))
+        for power in range(1, max(len(powers), condition.order) + 1):
+            weights = powers[power - 1] if power <= len(powers) else (0.0,)
             self._require_equal(
                 condition.left(weights),
                 1 / condition.density if power == condition.order else 0.0,
