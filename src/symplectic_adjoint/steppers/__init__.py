@@ -28,6 +28,6 @@ def get(name: str) -> Stepper:
     """
     if name == ALF.name:
         return ALF()
-    if name not in tableaus.names():
+    if name not in names():
         raise UnknownNameError("method", name, names())
     return ExplicitRK(tableaus.get(name))

@@ -6,7 +6,7 @@ To add a method, write a function without arguments that returns its :class:`Tab
 
 from __future__ import annotations
 
-from ._registry import UnknownTableauError, get, names
-from ._tableau import Butcher, Tableau, TableauError
+from symplectic_adjoint.tableaus._registry import get, names
+from symplectic_adjoint.tableaus._tableau import Butcher, Tableau
 
-__all__ = ["Butcher", "Tableau", "TableauError", "UnknownTableauError", "get", "names"]
+__all__ = ["Butcher", "Tableau", "get", "names"]

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable
 from functools import cache
 
-from . import methods
-from ._tableau import Tableau
+from symplectic_adjoint._errors import UnknownNameError
+from symplectic_adjoint.tableaus import methods
+from symplectic_adjoint.tableaus._tableau import Tableau
 
-__all__ = ["UnknownTableauError", "get", "names"]
-
-
-class UnknownTableauError(KeyError):
-    """No tableau has this name."""
-
-    def __str__(self) -> str:
-        # KeyError shows the repr of its argument, which is meant for keys, not for sentences.
-        return str(self.args[0])
+__all__ = ["get", "names"]
 
 
 @cache
@@ -33,7 +25,7 @@ def get(name: str) -> Tableau:
         The validated tableau.
 
     Raises:
-        UnknownTableauError: There is no such method; the message names the nearest one.
+        UnknownNameError: There is no such method; the message names the nearest one.
 
     Example:
         >>> get("dopri5").order
@@ -41,7 +33,7 @@ def get(name: str) -> Tableau:
     """
     build = _builders().get(name)
     if build is None:
-        raise UnknownTableauError(_unknown(name))
+        raise UnknownNameError("method", name, names())
     return build()
 
 
@@ -63,11 +55,3 @@ def _builders() -> dict[str, Callable[[], Tableau]]:
         module = importlib.import_module(module_info.name)
         found.update({name: getattr(module, name) for name in module.__all__})
     return found
-
-
-def _unknown(name: str) -> str:
-    nearest = difflib.get_close_matches(name, names(), n=1, cutoff=0.0)
-    return (
-        f"unknown Runge-Kutta method {name!r}: did you mean {nearest[0]!r}? "
-        f"The methods are {', '.join(names())}"
-    )

@@ -7,18 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..dense import Interpolant, Number, as_floats, hermite
-from ._conditions import Condition, conditions
+from symplectic_adjoint._errors import TableauError
+from symplectic_adjoint.dense import Interpolant, Number, as_floats, hermite
+from symplectic_adjoint.tableaus._conditions import Condition, conditions
 
-__all__ = ["Butcher", "Tableau", "TableauError"]
+__all__ = ["Butcher", "Tableau"]
 
 # Coefficients printed to double precision fulfil their conditions to 1e-14 or so; a wrong digit
 # that matters does not.
 _TOLERANCE = 1e-12
-
-
-class TableauError(ValueError):
-    """Coefficients that are not those of the method they claim to be."""
 
 
 class Butcher(NamedTuple):

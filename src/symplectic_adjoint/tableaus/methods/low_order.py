@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction as F
 
-from .._tableau import Tableau
+from symplectic_adjoint.tableaus._tableau import Tableau
 
 __all__ = [
     "adaptive_heun",

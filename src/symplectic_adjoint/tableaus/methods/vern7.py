@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fractions import Fraction as F
 
-from ...dense import Interpolant
-from .._tableau import Tableau
+from symplectic_adjoint.dense import Interpolant
+from symplectic_adjoint.tableaus._tableau import Tableau
 
 __all__ = ["vern7"]
 
