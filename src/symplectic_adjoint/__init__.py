@@ -26,6 +26,7 @@ from symplectic_adjoint._errors import (
 )
 from symplectic_adjoint.api import odeint, solve
 from symplectic_adjoint.controllers import Adaptive, FixedGrid
+from symplectic_adjoint.diagnostics import GradientCheck, check_gradient, peak_memory
 from symplectic_adjoint.gradients import (
     ACA,
     MALI,
@@ -51,6 +52,7 @@ __all__ = [
     "ExplicitRK",
     "FieldOutputError",
     "FixedGrid",
+    "GradientCheck",
     "NonFiniteError",
     "SecondDerivativeError",
     "Solution",
@@ -63,6 +65,8 @@ __all__ = [
     "SymplecticAdjointError",
     "TableauError",
     "UnknownNameError",
+    "check_gradient",
     "odeint",
+    "peak_memory",
     "solve",
 ]

@@ -94,7 +94,7 @@ def solve(
         0.6065
     """
     strategy = gradients.get(gradient)
-    stepper = _stepper(method, strategy)
+    stepper = resolved_stepper(method, strategy)
     strategy.check(stepper)
     problem = Problem.of(y0, t)
     if controller is None:
@@ -163,7 +163,7 @@ def odeint(
         >>> y.shape
         torch.Size([5, 3])
     """
-    stepper = _stepper(method, gradients.get(gradient))
+    stepper = resolved_stepper(method, gradients.get(gradient))
     stepper, controller = _from_options(stepper, options or {})
     return solve(
         func,
@@ -208,7 +208,8 @@ def _from_options(stepper: Stepper, options: Mapping[str, Any]) -> tuple[Stepper
     return stepper, FixedGrid(**grid)
 
 
-def _stepper(method: str | Stepper | None, strategy: Strategy) -> Stepper:
+def resolved_stepper(method: str | Stepper | None, strategy: Strategy) -> Stepper:
+    """The stepper asked for; by default the one that the strategy needs, or dopri5."""
     if method is None:
         method = strategy.method or "dopri5"
     return steppers.get(method) if isinstance(method, str) else method

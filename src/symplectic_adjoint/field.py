@@ -11,6 +11,7 @@ from torch import Tensor
 
 from symplectic_adjoint._errors import FieldOutputError
 from symplectic_adjoint._types import FlatFunc, Time
+from symplectic_adjoint.accumulate import InPlace
 from symplectic_adjoint.capture import Capture, foreign_leaves
 
 
@@ -217,6 +218,7 @@ class DetachedField(Field):
         super().__init__(func, like)
         self.aliases = aliases
         self.capture = capture
+        self.sums = InPlace(aliases)
 
     def linearize(self, on: bool) -> None:
         """Let evaluations build a graph down to the aliases, or not."""
@@ -258,6 +260,7 @@ class DetachedField(Field):
         stage.graph = None
         if graph.k.requires_grad:
             torch.autograd.backward(graph.k, cotangent)
+            self.sums.collect()
         v = graph.x.grad
         return Pullback(
             torch.zeros_like(cotangent) if v is None else v, graph.t.grad, graph.k.detach()

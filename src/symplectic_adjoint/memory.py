@@ -104,7 +104,9 @@ def _record_allocations() -> Callable[[], list[Any]]:
 
     if _profiler_enabled():
         raise RuntimeError("peak_memory cannot run inside a running torch profiler; stop it first")
-    config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
+    config = ProfilerConfig(
+        ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig()
+    )
     activities = {ProfilerActivity.CPU}
     with _quiet_kineto():
         _prepare_profiler(config, activities)

@@ -42,7 +42,7 @@ def get(gradient: str | Strategy) -> Strategy:
 
     Example:
         >>> get("symplectic")
-        Symplectic(store='stages')
+        Symplectic(store='stages', accumulate='inplace')
     """
     if isinstance(gradient, Strategy):
         return gradient

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from symplectic_adjoint._errors import ArgumentError
 from symplectic_adjoint._types import Time
+from symplectic_adjoint.accumulate import InPlace
 from symplectic_adjoint.capture import Capture
 from symplectic_adjoint.field import DetachedField, Field, StageGraph
 from symplectic_adjoint.loop import Outputs
@@ -138,6 +139,10 @@ class Strategy:
     ) -> DetachedField:
         """The field of the forward pass; ``time`` says whether times need gradients."""
         return DetachedField(func, like, aliases, capture)
+
+    def sums(self, aliases: Sequence[Tensor]) -> InPlace:
+        """How the gradients of captured tensors are summed over the products."""
+        return InPlace(aliases)
 
     def keep(self, stepper: Stepper, n: int, step: Any) -> Record:
         """What is kept of step ``n``."""

@@ -163,6 +163,7 @@ def _reversed(
         field = DetachedField(tape.func, y0, aliases, None)
         field.random, field.leafy = False, tape.leafy
         field.linearize(True)
+        field.sums = tape.strategy.sums(aliases)
         sweep = Sweep(
             field=field,
             stepper=tape.stepper,
@@ -182,9 +183,7 @@ def _reversed(
         )
         lam = tape.strategy.reverse(sweep)
     tape.stats.backward_evaluations, tape.stats.products = field.evaluations, field.products
-    grads = [alias.grad for alias in aliases]
-    for alias in aliases:
-        alias.grad = None
+    grads = field.sums.totals()
     reversal = sweep.reversal.times
     node_grads = None if reversal is None else reversal.values.cpu()
     time_grads = None if sweep.out_times is None else sweep.out_times.cpu()

@@ -9,10 +9,18 @@ from typing import Any, Literal
 from torch import Tensor
 
 from symplectic_adjoint._errors import UnknownNameError
+from symplectic_adjoint.accumulate import Compensated, Float64, InPlace
 from symplectic_adjoint.capture import Capture
 from symplectic_adjoint.field import DetachedField, LeafField
 from symplectic_adjoint.gradients._base import Record, Strategy, Sweep, stagewise
 from symplectic_adjoint.steppers import Stepper
+
+_STORES = ("steps", "stages", "graph")
+_SUMS: dict[str, type[InPlace]] = {
+    "inplace": InPlace,
+    "float64": Float64,
+    "compensated": Compensated,
+}
 
 
 @dataclass(frozen=True)
@@ -27,17 +35,23 @@ class Symplectic(Strategy):
             ``"stages"`` keeps the stages as well, which saves one evaluation a stage; ``"graph"``
             keeps the autograd graph of every stage, which saves all evaluations and none of the
             memory.
+        accumulate: How the parameters' gradients are summed over the stages: ``"inplace"`` in their
+            own dtype; ``"float64"``; or ``"compensated"``, in their own dtype with the rounding
+            errors carried along. The latter two cost one more copy of the parameters.
 
     Raises:
-        UnknownNameError: ``store`` is none of these.
+        UnknownNameError: ``store`` or ``accumulate`` is none of these.
     """
 
     store: Literal["steps", "stages", "graph"] = "stages"
+    accumulate: Literal["inplace", "float64", "compensated"] = "inplace"
     name = "symplectic"
 
     def __post_init__(self) -> None:
-        if self.store not in ("steps", "stages", "graph"):
-            raise UnknownNameError("store", self.store, ("steps", "stages", "graph"))
+        if self.store not in _STORES:
+            raise UnknownNameError("store", self.store, _STORES)
+        if self.accumulate not in _SUMS:
+            raise UnknownNameError("accumulate", self.accumulate, _SUMS)
 
     def forward_field(
         self, func: Any, like: Tensor, aliases: Sequence[Tensor], capture: Capture, time: bool
@@ -45,6 +59,9 @@ class Symplectic(Strategy):
         if self.store == "graph":
             return LeafField(func, like, aliases, capture, time)
         return DetachedField(func, like, aliases, capture)
+
+    def sums(self, aliases: Sequence[Tensor]) -> InPlace:
+        return _SUMS[self.accumulate](aliases)
 
     def keep(self, stepper: Stepper, n: int, step: Any) -> Record:
         saved = stepper.save(step, stages=self.store != "steps")
