@@ -5,10 +5,7 @@ from __future__ import annotations
 import difflib
 import enum
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from symplectic_adjoint.solution import Solution
+from typing import Any
 
 
 class Status(enum.Enum):
@@ -64,11 +61,11 @@ class SolveError(SymplecticAdjointError, RuntimeError):
 
     Attributes:
         status: Why the solve stopped.
-        solution: The valid prefix, filled in by the front door; None when there is none.
+        solution: The ``Solution`` up to where it is valid; None when there is none.
     """
 
     status: Status
-    solution: Solution | None = None
+    solution: Any = None
 
 
 class NonFiniteError(SolveError):

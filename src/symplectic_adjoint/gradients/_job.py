@@ -1,0 +1,229 @@
+"""A solve with all its arguments resolved, and its execution under a strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symplectic_adjoint._errors import SolveError
+from symplectic_adjoint._types import FlatFunc, Time
+from symplectic_adjoint.capture import Capture, detached
+from symplectic_adjoint.controllers import Controller, GridPace, Setting
+from symplectic_adjoint.field import Field, GraphField, RandomState, Rediscovered
+from symplectic_adjoint.gradients._base import Record, Strategy
+from symplectic_adjoint.gradients._dense import GraphDense, RecordedDense
+from symplectic_adjoint.gradients._function import Autocast, Tape, attach
+from symplectic_adjoint.gradients.backprop import Backprop
+from symplectic_adjoint.gradients.symplectic import Symplectic
+from symplectic_adjoint.loop import Outputs, OutputTimes, Run, Stats, integrate, run
+from symplectic_adjoint.problem import Problem
+from symplectic_adjoint.solution import Solution
+from symplectic_adjoint.steppers import Stepper
+from symplectic_adjoint.steppers._base import Saved
+
+
+@dataclass
+class Job:
+    """A solve with all its arguments resolved."""
+
+    func: FlatFunc
+    capture: Capture
+    problem: Problem
+    grid: Tensor | None
+    stepper: Stepper
+    controller: Controller
+    strategy: Strategy
+    rtol: float | Tensor
+    atol: float | Tensor
+    report: Callable[[float], None] | None
+    keep_dense: bool
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(
+            end=self.problem.times[-1],
+            direction=self.problem.direction,
+            rtol=self.rtol,
+            atol=self.atol,
+            grid=() if self.grid is None else self.grid.tolist(),
+        )
+
+    @property
+    def wants_time(self) -> bool:
+        return torch.is_grad_enabled() and self.problem.t.requires_grad
+
+    @property
+    def wants_grad(self) -> bool:
+        inputs = (self.problem.y0, self.problem.t, *self.capture.tensors)
+        return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+    def hits(self, t1: float) -> bool:
+        """Whether an output at the end of a step moves with the step time."""
+        return not self.wants_time or self.grid is not None or t1 == self.problem.times[-1]
+
+    def nodes(self, reached: Sequence[float]) -> Tensor:
+        """Step times on the graph of ``t``, where they follow it."""
+        if self.grid is not None:
+            return self.grid[: len(reached)]
+        nodes = torch.tensor(reached, dtype=torch.float64)
+        if not self.wants_time or len(reached) < 2:
+            return nodes
+        t = self.problem.t
+        last = t[-1:] if reached[-1] == self.problem.times[-1] else nodes[-1:]
+        return torch.cat([t[:1], nodes[1:-1], last])
+
+
+def execute(job: Job) -> tuple[Solution, SolveError | None]:
+    """Solve; start again when a dependency of ``func`` was found on the way.
+
+    Returns:
+        The solution as far as it is valid, and why it is no longer.
+    """
+    before = RandomState(job.problem.y0.device)
+    while True:
+        try:
+            return _backprop(job) if _plain_autograd(job) else _recorded(job)
+        except Rediscovered:
+            before.set()
+
+
+def _plain_autograd(job: Job) -> bool:
+    return isinstance(job.strategy, Backprop) and job.wants_grad
+
+
+def _backprop(job: Job) -> tuple[Solution, SolveError | None]:
+    field = GraphField(job.func, job.problem.y0)
+    nodes = job.grid if job.grid is not None else job.problem.t[[0, -1]]
+    knots = {}
+    if job.wants_time:
+        knots = dict(zip(nodes.tolist(), nodes.unbind(), strict=True))
+    times = _output_times(job, job.problem.t if job.wants_time else job.problem.t.detach())
+    steps: list[Any] = []
+    keep = (lambda n, step, outputs: steps.append(step)) if job.keep_dense else _nothing
+    with job.capture.substituted(job.capture.tensors):
+        result, stats = _run(job, field, knots, times, keep, graph=True)
+    dense = (
+        GraphDense(job.problem, job.stepper, job.capture, field, steps) if job.keep_dense else None
+    )
+    return _solution(job, result, stats, result.y, dense), result.error
+
+
+def _recorded(job: Job) -> tuple[Solution, SolveError | None]:
+    """The forward pass with no graph, then its outputs attached to the caller's graph."""
+    wants_grad = job.wants_grad
+    aliases = detached(job.capture.tensors)
+    y0 = job.problem.y0
+    records: list[Record] = []
+    saved: list[Saved] = []
+
+    def keep(n: int, step: Any, outputs: Outputs) -> None:
+        if n == 0:
+            records.clear()
+            saved.clear()
+        if wants_grad:
+            records.append(job.strategy.keep(job.stepper, n, step))
+        if job.keep_dense:
+            saved.append(job.stepper.save(step, stages=True))
+
+    with torch.enable_grad(), job.capture.substituted(aliases):
+        strategy = job.strategy if wants_grad else Symplectic()
+        field = strategy.forward_field(job.func, y0.detach(), aliases, job.capture, job.wants_time)
+        times = _output_times(job, job.problem.t.detach())
+        result, stats = _run(job, field, {}, times, keep, graph=False)
+    tape = _tape(job, field, result, stats, records, aliases)
+    y = result.y
+    nodes = job.nodes(result.nodes)
+    dense = RecordedDense(job.problem, tape, saved, nodes, wants_grad) if job.keep_dense else None
+    if wants_grad:
+        y = attach(tape, y, y0, nodes, job.problem.t[: len(y)])
+    return _solution(job, result, stats, y, dense), result.error
+
+
+def _run(
+    job: Job,
+    field: Field,
+    knots: Mapping[float, Tensor],
+    times: OutputTimes,
+    keep: Callable[[int, Any, Outputs], None],
+    graph: bool,
+    checked: bool = False,
+) -> tuple[Run, Stats]:
+    """Integrate. A fixed grid is read back once, at the end; if that fails, step by step."""
+    stats = Stats()
+    field.locate = job.problem.spec.locate
+    t0 = job.problem.times[0]
+    y0 = job.problem.y0 if graph else job.problem.y0.detach()
+    start: Time = knots.get(t0, t0)
+    state = job.stepper.begin(start, y0)
+    before = RandomState(field.device)
+    pace = job.controller.begin(field, job.stepper, state, job.setting)
+    if isinstance(pace, GridPace):
+        pace.checked = checked
+    steps = integrate(field, job.stepper, pace, state, job.problem.times[-1], knots, stats)
+    result = run(field, job.stepper, steps, state, times, keep, graph, job.report)
+    stats.evaluations = field.evaluations
+    if isinstance(pace, GridPace) and not checked and not bool(torch.isfinite(result.y).all()):
+        before.set()
+        field.evaluations = 0
+        return _run(job, field, knots, replace(times, next=1), keep, graph, checked=True)
+    return result, stats
+
+
+def _output_times(job: Job, t: Tensor) -> OutputTimes:
+    return OutputTimes(job.problem.times, job.problem.direction, t, job.hits)
+
+
+def _nothing(n: int, step: Any, outputs: Outputs) -> None:
+    """Keeps nothing of a step."""
+
+
+def _tape(
+    job: Job,
+    field: Any,
+    result: Run,
+    stats: Stats,
+    records: list[Record],
+    aliases: Sequence[Tensor],
+) -> Tape:
+    keeps_graph = any(record.graphs for record in records)
+    return Tape(
+        func=job.func,
+        capture=job.capture,
+        aliases=aliases if keeps_graph else (),
+        stepper=job.stepper,
+        strategy=job.strategy,
+        controller=job.controller,
+        setting=job.setting,
+        nodes=result.nodes,
+        wanted=_wanted(job, len(result.nodes) - 1),
+        outputs=result.outputs,
+        records=records,
+        end=job.stepper.carried(result.end),
+        end_token=result.end.node.token,
+        stats=stats,
+        autocast=Autocast(field.device),
+        leafy=field.leafy,
+    )
+
+
+def _wanted(job: Job, last: int) -> Callable[[int], bool]:
+    """Which step times may have a gradient."""
+    if job.grid is not None:
+        return lambda n: True
+    return lambda n: n in (0, last)
+
+
+def _solution(
+    job: Job, result: Run, stats: Stats, y: Tensor, dense: Callable[[Tensor], Any] | None
+) -> Solution:
+    return Solution(
+        t=job.problem.t[: len(y)],
+        y=job.problem.spec.unflatten(y),
+        steps=torch.tensor(result.nodes, dtype=torch.float64),
+        stats=stats,
+        _dense=dense,
+    )
