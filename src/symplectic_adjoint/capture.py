@@ -270,6 +270,8 @@ class _Walk:
                 self.capture._fix(_Slot(hooks, key), _no_hook)
 
     def _container(self, obj: Any, name: str) -> None:
+        if len(obj) > _LONG:
+            return
         assignable = isinstance(obj, dict | list)
         items = obj.items() if isinstance(obj, Mapping) else enumerate(obj)
         for key, value in list(items):
@@ -301,6 +303,9 @@ class _Walk:
         else:
             self.visit(value, name)
 
+
+_LONG = 4096
+"""Longer containers hold data; a tensor that func takes from one is found when it is used."""
 
 _WEIGHT_HOOKS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
 

@@ -36,6 +36,7 @@ class Dense:
         return self.problem.spec.unflatten(y.reshape(*t.shape, *y.shape[1:]))
 
     def at(self, times: Tensor) -> Tensor:
+        """The flat solution at times sorted in the direction of the solve."""
         raise NotImplementedError
 
     def bins(self, times: Tensor) -> list[Outputs]:
@@ -48,6 +49,8 @@ class Dense:
 
 
 class GraphDense(Dense):
+    """Interpolates the steps that are still on the graph."""
+
     def __init__(
         self,
         problem: Problem,
