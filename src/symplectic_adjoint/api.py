@@ -222,7 +222,11 @@ def _grid(controller: Controller, func: Func, y0: Any, problem: Problem) -> Tens
 
 @dataclass
 class _Job:
-    """A solve with all its arguments resolved."""
+    """A solve with all its arguments resolved, and what was learned by attempting it.
+
+    ``random`` says that ``func`` draws random numbers, ``spent`` counts its calls in the attempts
+    that were given up.
+    """
 
     func: FlatFunc
     capture: Capture
@@ -235,6 +239,8 @@ class _Job:
     atol: float | Tensor
     report: Callable[[float], None] | None
     keep_dense: bool
+    random: bool = False
+    spent: int = 0
 
     @property
     def setting(self) -> Setting:
@@ -272,7 +278,7 @@ class _Job:
 
 
 def _retried(job: _Job) -> tuple[Solution, Any]:
-    """Solve; start again when a dependency of ``func`` was found on the way."""
+    """Solve; start again when a dependency or a random draw of ``func`` was found on the way."""
     before = RandomState(job.problem.y0.device)
     while True:
         try:
@@ -307,8 +313,13 @@ def _recorded(job: _Job) -> tuple[Solution, Any]:
     y0 = job.problem.y0
     records: list[Record] = []
     saved: list[Saved] = []
+    drawn = RandomState(y0.device)
+    recomputes = wants_grad or job.keep_dense
 
     def keep(n: int, step: Any, outputs: Outputs) -> None:
+        if recomputes and not job.random and not drawn.same(RandomState(y0.device)):
+            job.random = True
+            raise Rediscovered
         if n == 0:
             records.clear()
             saved.clear()
@@ -320,6 +331,7 @@ def _recorded(job: _Job) -> tuple[Solution, Any]:
     with torch.enable_grad(), job.capture.substituted(aliases):
         strategy = job.strategy if wants_grad else Symplectic()
         field = strategy.forward_field(job.func, y0.detach(), aliases, job.capture, job.wants_time)
+        field.random = job.random
         times = _output_times(job, job.problem.t.detach())
         result, stats = _run(job, field, {}, times, keep, graph=False)
     tape = _tape(job, field, result, stats, records, aliases)
@@ -348,15 +360,18 @@ def _run(
     start: Time = knots.get(t0, t0)
     state = job.stepper.begin(start, y0)
     before = RandomState(field.device)
-    pace = job.controller.begin(field, job.stepper, state, job.setting)
-    if isinstance(pace, GridPace):
-        pace.checked = checked
-    steps = integrate(field, job.stepper, pace, state, job.problem.times[-1], knots, stats)
-    result = run(field, job.stepper, steps, state, times, keep, graph, job.report)
-    stats.evaluations = field.evaluations
+    try:
+        pace = job.controller.begin(field, job.stepper, state, job.setting)
+        if isinstance(pace, GridPace):
+            pace.checked = checked
+        steps = integrate(field, job.stepper, pace, state, job.problem.times[-1], knots, stats)
+        result = run(field, job.stepper, steps, state, times, keep, graph, job.report)
+    except Rediscovered:
+        job.spent += field.evaluations
+        raise
+    stats.evaluations = job.spent + field.evaluations
     if isinstance(pace, GridPace) and not checked and not bool(torch.isfinite(result.y).all()):
         before.set()
-        field.evaluations = 0
         return _run(job, field, knots, replace(times, next=1), keep, graph, checked=True)
     return result, stats
 
@@ -487,7 +502,7 @@ class _RecordedDense(_Dense):
         parts = [y0.unsqueeze(0)]
         with torch.enable_grad(), job.capture.substituted(aliases), self.tape.autocast.restored():
             field = DetachedField(job.func, y0, aliases, None)
-            field.random, field.leafy = False, self.tape.leafy
+            field.leafy = self.tape.leafy
             for n, (first, stop, _) in enumerate(outputs):
                 if stop == first:
                     continue
