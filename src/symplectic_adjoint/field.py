@@ -55,7 +55,7 @@ class Pullback(NamedTuple):
 
 
 class Rediscovered(Exception):  # noqa: N818 - a signal, not an error
-    """A missed tensor was added to the capture: the solve starts again."""
+    """Something about ``f`` was learned late, such as a missed tensor: the solve starts again."""
 
 
 class RandomState:
@@ -97,7 +97,7 @@ class Field:
     Attributes:
         evaluations: How often ``f`` was called.
         products: How many vector-Jacobian products were taken.
-        random: Whether ``f`` draws random numbers; None until known.
+        random: Whether ``f`` draws random numbers that a recomputation has to draw again.
         leafy: Whether ``f`` needs an argument that requires grad.
         locate: Names an element of the raveled flat state, for messages.
     """
@@ -110,7 +110,7 @@ class Field:
         self.time_dtype = like.dtype.to_real() if like.is_complex() else like.dtype
         self.evaluations = 0
         self.products = 0
-        self.random: bool | None = None
+        self.random = False
         self.leafy = False
         self.locate: Callable[[int], str] = lambda index: f"component {index}"
 
@@ -136,6 +136,7 @@ class Field:
                 raise
             # func differentiates with respect to its argument and expects it to require grad.
             self.leafy = True
+            self.evaluations += 1
             k = self.func(t, x.detach().requires_grad_())
         if (
             type(k) is Tensor
@@ -150,17 +151,12 @@ class Field:
         """Set and return ``stage.k``; with a token, the random numbers are those drawn then."""
         if stage.token is not None:
             with stage.token.restored():
-                k = self._evaluate(stage)
-        elif self.random is False:
-            k = self._evaluate(stage)
+                stage.k = self._evaluate(stage)
         else:
-            before = RandomState(self.device)
-            k = self._evaluate(stage)
-            if self.random is None:
-                self.random = not before.same(RandomState(self.device))
-            stage.token = before if self.random else None
-        stage.k = k
-        return k
+            if self.random:
+                stage.token = RandomState(self.device)
+            stage.k = self._evaluate(stage)
+        return stage.k
 
     def _evaluate(self, stage: Stage) -> Tensor:
         raise NotImplementedError
@@ -245,7 +241,6 @@ class DetachedField(Field):
         """The same function under plain autograd, for replays of recorded steps."""
         field = GraphField(self.func, torch.empty(self.shape, dtype=self.dtype, device="meta"))
         field.device = self.device
-        field.random = False
         field.locate = self.locate
         return field
 

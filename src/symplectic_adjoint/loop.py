@@ -12,7 +12,7 @@ from torch import Tensor
 from symplectic_adjoint._errors import SolveError
 from symplectic_adjoint._types import Time, as_float
 from symplectic_adjoint.controllers import Pace
-from symplectic_adjoint.field import Field, RandomState
+from symplectic_adjoint.field import Field
 from symplectic_adjoint.steppers import Stepper
 
 
@@ -61,26 +61,13 @@ def integrate(
     t = as_float(state.t)
     while t != end:
         t1 = pace.propose(t)
-        step = _attempt(field, stepper, state, knots.get(t1, t1))
+        step = stepper.step(field, state, knots.get(t1, t1))
         if pace.accepts(field, stepper, step, t, t1):
             stats.accepted += 1
             yield step
             state, t = stepper.end(step), t1
         else:
             stats.rejected += 1
-
-
-def _attempt(field: Field, stepper: Stepper, state: Any, t1: Time) -> Any:
-    """A step; taken again with random states recorded when ``f`` turns out to draw in it."""
-    if field.random is not False:
-        return stepper.step(field, state, t1)
-    before = RandomState(field.device)
-    step = stepper.step(field, state, t1)
-    if not before.same(RandomState(field.device)):
-        field.random = True
-        before.set()
-        step = stepper.step(field, state, t1)
-    return step
 
 
 class Outputs(NamedTuple):

@@ -206,6 +206,8 @@ def replay(
     """
     parts = []
     for t1, held, drawn in zip(nodes[1:], outputs, tokens, strict=True):
+        if drawn:  # the node between two steps may have been evaluated after the first was kept
+            state.node.token = drawn[0]
         step = stepper.step(field, state, t1, drawn)
         if held.dense:
             theta = (times[held.first : held.stop] - step.start.t) / (t1 - step.start.t)

@@ -104,7 +104,7 @@ class RecordedDense(Dense):
         parts = [y0.unsqueeze(0)]
         with torch.enable_grad(), capture.substituted(aliases), self.tape.autocast.restored():
             field = DetachedField(self.tape.func, y0, aliases, None)
-            field.random, field.leafy = False, self.tape.leafy
+            field.leafy = self.tape.leafy
             for n, (first, stop, _) in enumerate(outputs):
                 if stop == first:
                     continue

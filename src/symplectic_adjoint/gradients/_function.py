@@ -161,7 +161,7 @@ def _reversed(
     aliases = list(tape.aliases) or detached(captured)
     with torch.enable_grad(), tape.capture.substituted(aliases), tape.autocast.restored():
         field = DetachedField(tape.func, y0, aliases, None)
-        field.random, field.leafy = False, tape.leafy
+        field.leafy = tape.leafy
         field.linearize(True)
         field.sums = tape.strategy.sums(aliases)
         sweep = Sweep(
@@ -203,7 +203,7 @@ def _replayed(
     y0, nodes, times, *captured = views = [x.view_as(x) for x in inputs]
     with tape.capture.substituted(captured), tape.autocast.restored():
         field = GraphField(tape.func, y0)
-        field.random, field.leafy = False, tape.leafy
+        field.leafy = tape.leafy
         tokens = [record.saved.tokens for record in tape.records]
         knots: list[Time] = [
             nodes[n] if needs[1] and tape.wanted(n) else t for n, t in enumerate(tape.nodes)

@@ -28,7 +28,11 @@ from symplectic_adjoint.steppers._base import Saved
 
 @dataclass
 class Job:
-    """A solve with all its arguments resolved."""
+    """A solve with all its arguments resolved, and what was learned by attempting it.
+
+    ``random`` says that ``func`` draws random numbers, ``spent`` counts its calls in the attempts
+    that were given up.
+    """
 
     func: FlatFunc
     capture: Capture
@@ -41,6 +45,8 @@ class Job:
     atol: float | Tensor
     report: Callable[[float], None] | None
     keep_dense: bool
+    random: bool = False
+    spent: int = 0
 
     @property
     def setting(self) -> Setting:
@@ -78,7 +84,7 @@ class Job:
 
 
 def execute(job: Job) -> tuple[Solution, SolveError | None]:
-    """Solve; start again when a dependency of ``func`` was found on the way.
+    """Solve; start again when a dependency or a random draw of ``func`` was found on the way.
 
     Returns:
         The solution as far as it is valid, and why it is no longer.
@@ -119,8 +125,13 @@ def _recorded(job: Job) -> tuple[Solution, SolveError | None]:
     y0 = job.problem.y0
     records: list[Record] = []
     saved: list[Saved] = []
+    drawn = RandomState(y0.device)
+    recomputes = wants_grad or job.keep_dense
 
     def keep(n: int, step: Any, outputs: Outputs) -> None:
+        if recomputes and not job.random and not drawn.same(RandomState(y0.device)):
+            job.random = True
+            raise Rediscovered
         if n == 0:
             records.clear()
             saved.clear()
@@ -132,6 +143,7 @@ def _recorded(job: Job) -> tuple[Solution, SolveError | None]:
     with torch.enable_grad(), job.capture.substituted(aliases):
         strategy = job.strategy if wants_grad else Symplectic()
         field = strategy.forward_field(job.func, y0.detach(), aliases, job.capture, job.wants_time)
+        field.random = job.random
         times = _output_times(job, job.problem.t.detach())
         result, stats = _run(job, field, {}, times, keep, graph=False)
     tape = _tape(job, field, result, stats, records, aliases)
@@ -160,15 +172,18 @@ def _run(
     start: Time = knots.get(t0, t0)
     state = job.stepper.begin(start, y0)
     before = RandomState(field.device)
-    pace = job.controller.begin(field, job.stepper, state, job.setting)
-    if isinstance(pace, GridPace):
-        pace.checked = checked
-    steps = integrate(field, job.stepper, pace, state, job.problem.times[-1], knots, stats)
-    result = run(field, job.stepper, steps, state, times, keep, graph, job.report)
-    stats.evaluations = field.evaluations
+    try:
+        pace = job.controller.begin(field, job.stepper, state, job.setting)
+        if isinstance(pace, GridPace):
+            pace.checked = checked
+        steps = integrate(field, job.stepper, pace, state, job.problem.times[-1], knots, stats)
+        result = run(field, job.stepper, steps, state, times, keep, graph, job.report)
+    except Rediscovered:
+        job.spent += field.evaluations
+        raise
+    stats.evaluations = job.spent + field.evaluations
     if isinstance(pace, GridPace) and not checked and not bool(torch.isfinite(result.y).all()):
         before.set()
-        field.evaluations = 0
         return _run(job, field, knots, replace(times, next=1), keep, graph, checked=True)
     return result, stats
 
