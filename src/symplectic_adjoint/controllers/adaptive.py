@@ -157,7 +157,7 @@ class AdaptivePace:
 
     def accepts(self, field: Field, stepper: Stepper, step: Any, t: float, t1: float) -> bool:
         h = abs(t1 - t)
-        error = float(self.norm(stepper.error(step), step.start.y, step.y1))
+        error = float(self.norm(stepper.error(field, step), step.start.y, step.y1))
         self.history.append((t, h, error))
         if not math.isfinite(error):
             self._reject_non_finite(field, stepper, step, t, t1)

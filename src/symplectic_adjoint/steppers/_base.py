@@ -131,8 +131,8 @@ class Stepper(Protocol):
         """A step from ``state`` to ``t1``; with ``tokens`` it draws the random numbers again."""
         ...
 
-    def error(self, step: Any) -> Tensor:
-        """The estimate of the local error of a step."""
+    def error(self, field: Field, step: Any) -> Tensor:
+        """The estimate of the local error of a step; what only it needs is evaluated here."""
         ...
 
     def end(self, step: Any) -> Any:

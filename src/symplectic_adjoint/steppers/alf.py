@@ -95,7 +95,7 @@ class ALF:
         y1 = mid.x + (0.5 * h) * v1
         return ALFStep(state.t, t1, mid, state, ALFState(t1, y1, Stage(t1, y1, v1)))
 
-    def error(self, step: ALFStep) -> Tensor:
+    def error(self, field: Field, step: ALFStep) -> Tensor:
         """``h (u - v)``: the distance to the embedded Euler step."""
         assert step.start is not None
         assert step.mid.k is not None

@@ -117,16 +117,14 @@ class ExplicitRK:
     ) -> RKStep:
         step = RKStep(state, t1, t1 - state.t, [state.node], tokens, self.node)
         self._extend(field, step, self.node + 1)
-        if self.tableau.error_needs_node:
-            _value(field, step.stages[self.node])
         return step
 
-    def error(self, step: RKStep) -> Tensor:
+    def error(self, field: Field, step: RKStep) -> Tensor:
         (weight, first), *rest = self.error_terms
         h = as_float(step.h)
-        error = torch.mul(_known(step.stages[first]), h * weight)
+        error = torch.mul(_value(field, step.stages[first]).detach(), h * weight)
         for weight, i in rest:
-            error.add_(_known(step.stages[i]), alpha=h * weight)
+            error.add_(_value(field, step.stages[i]).detach(), alpha=h * weight)
         return error
 
     def end(self, step: RKStep) -> RKState:
@@ -338,11 +336,6 @@ def _terms(row: Sequence[float]) -> Terms:
 
 def _value(field: Field, stage: Stage) -> Tensor:
     return field.evaluate(stage) if stage.k is None else stage.k
-
-
-def _known(stage: Stage) -> Tensor:
-    assert stage.k is not None
-    return stage.k.detach()
 
 
 def _combine(y: Tensor, h: Time, terms: Sequence[tuple[float, Tensor]]) -> Tensor:
