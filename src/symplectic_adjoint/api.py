@@ -257,8 +257,14 @@ class _Job:
         return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
     def hits(self, t1: float) -> bool:
-        """Whether an output at the end of a step moves with the step time."""
-        return not self.wants_time or self.grid is not None or t1 == self.problem.times[-1]
+        """Whether an output at the end of a step is the step time itself, however ``t`` moves.
+
+        Any other output that happens to lie there is interpolated, so that its own time moves it.
+        """
+        if not self.wants_time or self.grid is self.problem.t:
+            return True
+        constructed = isinstance(self.controller, FixedGrid) and self.controller.grid_constructor
+        return t1 == self.problem.times[-1] and not constructed
 
     def nodes(self, reached: Sequence[float]) -> Tensor:
         """Step times on the graph of ``t``, where they follow it."""
