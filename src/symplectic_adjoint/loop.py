@@ -97,8 +97,8 @@ class OutputTimes:
         times: The output times, from ``t[0]`` to ``t[-1]``.
         direction: +1.0 when time increases, -1.0 when it decreases.
         tensor: The same times, float64 on the CPU, on the caller's graph.
-        hits: Whether an output at the end of a step moves with the step time ``t1`` (true for a
-            constant time, too). Otherwise its own time is differentiable and it is interpolated.
+        hits: Whether an output at the end ``t1`` of a step is the state there; otherwise it is
+            interpolated, and moves with a time of its own.
     """
 
     times: Sequence[float]

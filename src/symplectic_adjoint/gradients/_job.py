@@ -12,7 +12,7 @@ from torch import Tensor
 from symplectic_adjoint._errors import SolveError
 from symplectic_adjoint._types import FlatFunc, Time
 from symplectic_adjoint.capture import Capture, detached
-from symplectic_adjoint.controllers import Controller, GridPace, Setting
+from symplectic_adjoint.controllers import Controller, FixedGrid, GridPace, Setting
 from symplectic_adjoint.field import Field, GraphField, RandomState, Rediscovered
 from symplectic_adjoint.gradients._base import Record, Strategy
 from symplectic_adjoint.gradients._dense import GraphDense, RecordedDense
@@ -68,8 +68,14 @@ class Job:
         return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
     def hits(self, t1: float) -> bool:
-        """Whether an output at the end of a step moves with the step time."""
-        return not self.wants_time or self.grid is not None or t1 == self.problem.times[-1]
+        """Whether an output at the end of a step is the step time itself, however ``t`` moves.
+
+        Any other output that happens to lie there is interpolated, so that its own time moves it.
+        """
+        if not self.wants_time or self.grid is self.problem.t:
+            return True
+        constructed = isinstance(self.controller, FixedGrid) and self.controller.grid_constructor
+        return t1 == self.problem.times[-1] and not constructed
 
     def nodes(self, reached: Sequence[float]) -> Tensor:
         """Step times on the graph of ``t``, where they follow it."""

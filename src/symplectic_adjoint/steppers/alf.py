@@ -120,11 +120,11 @@ class ALF:
     def interpolate(self, field: Field, step: ALFStep, theta: Tensor) -> Tensor:
         assert step.start is not None
         assert step.finish is not None
-        assert step.mid.k is not None
         v, v1 = step.start.node.k, step.finish.node.k
         assert v is not None
         assert v1 is not None
-        k = torch.stack([v, step.mid.k, v1])
+        u = field.evaluate(step.mid) if step.mid.k is None else step.mid.k
+        k = torch.stack([v, u, v1])
         weights = (powers(theta, 3) @ _DENSE.T).to(k)
         y: Tensor = step.start.y + step.h * torch.tensordot(weights, k, dims=1)
         return y

@@ -1,0 +1,1 @@
+"""Suites that every method and every gradient strategy inherits from the registries."""

@@ -1,0 +1,78 @@
+"""Everything registered, in every variant its options allow."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from symplectic_adjoint import FixedGrid, gradients, steppers
+from symplectic_adjoint.controllers import Adaptive, Controller
+from symplectic_adjoint.gradients import Strategy
+from symplectic_adjoint.steppers import ExplicitRK, Stepper
+
+METHODS = steppers.names()
+EXPLICIT = tuple(name for name in METHODS if isinstance(steppers.get(name), ExplicitRK))
+
+
+def variants(strategy: Strategy) -> Iterator[Strategy]:
+    """The strategy itself, and one for each other value of each of its enumerated options."""
+    yield strategy
+    hints = typing.get_type_hints(type(strategy))
+    for option in dataclasses.fields(strategy):  # type: ignore[arg-type]
+        for value in _choices(hints[option.name]):
+            if value != getattr(strategy, option.name):
+                yield dataclasses.replace(strategy, **{option.name: value})  # type: ignore[type-var]
+
+
+def _choices(hint: Any) -> Iterator[Any]:
+    """The values that a ``Literal``, or a union of such with None, allows."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        yield from typing.get_args(hint)
+    elif origin in (typing.Union, types.UnionType):
+        for part in typing.get_args(hint):
+            yield from _choices(part)
+    elif hint is bool:
+        yield from (False, True)
+
+
+def strategies(*, exact: bool) -> list[Strategy]:
+    """Every variant of every strategy that claims, or does not claim, to be exact."""
+    found = [gradients.get(name) for name in gradients.names()]
+    return [v for strategy in found if strategy.exact is exact for v in variants(strategy)]
+
+
+def supports(strategy: Strategy, method: str) -> bool:
+    """Whether the strategy can reverse the method."""
+    return strategy.method in (None, method)
+
+
+def label(value: Any) -> str:
+    """A short id of a strategy for test names: its name and the options that are not default."""
+    default = gradients.get(value.name)
+    changed = [
+        f"{f.name}={getattr(value, f.name)}"
+        for f in dataclasses.fields(value)
+        if getattr(value, f.name) != getattr(default, f.name)
+    ]
+    return "-".join([value.name, *changed])
+
+
+def pairs() -> list[Any]:
+    """Every method with every exact strategy that supports it."""
+    return [(m, s) for m in METHODS for s in strategies(exact=True) if supports(s, m)]
+
+
+def pair_labels() -> list[str]:
+    """Ids for ``pairs``."""
+    return [f"{method}-{label(strategy)}" for method, strategy in pairs()]
+
+
+def pacing(stepper: Stepper, step_size: float = 0.23) -> tuple[Controller, float]:
+    """A controller that takes a handful of steps of this method, and its tolerance."""
+    if stepper.error_order is None:
+        return FixedGrid(step_size=step_size), 1.0
+    return Adaptive(), 10.0 ** -(stepper.order + 1)

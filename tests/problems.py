@@ -1,0 +1,188 @@
+"""Initial value problems that several tests solve, and the gradients they ask for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+class Net(nn.Module):
+    """A smooth non-autonomous network with bounded solutions.
+
+    ``dy/dt = gain W2 tanh(W1 y + b1 + drive sin(2 t)) - y / 2`` on states of shape (batch, dim).
+    """
+
+    def __init__(
+        self,
+        dim: int = 3,
+        hidden: int = 5,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+        strength: float = 1.0,
+    ) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+
+        def parameter(*shape: int, scale: float) -> nn.Parameter:
+            value = torch.randn(shape, generator=draw, dtype=torch.float64)
+            return nn.Parameter((scale * value).to(dtype))
+
+        self.inner = parameter(hidden, dim, scale=strength * dim**-0.5)
+        self.bias = parameter(hidden, scale=0.5)
+        self.drive = parameter(hidden, scale=1.0)
+        self.outer = parameter(dim, hidden, scale=strength * hidden**-0.5)
+
+    def forward(self, t: Tensor, y: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        hidden = torch.tanh(y @ self.inner.T + self.bias + self.drive * torch.sin(2 * t))
+        return gain * (hidden @ self.outer.T) - 0.5 * y
+
+
+class Coupled(nn.Module):
+    """The same network on a dict state ``{"fast": (batch, dim), "slow": [(), (2,)]}``."""
+
+    def __init__(self, dim: int = 3, hidden: int = 5, seed: int = 0) -> None:
+        super().__init__()
+        self.net = Net(dim, hidden, seed)
+        self.rate = nn.Parameter(torch.tensor([0.3, -0.7], dtype=torch.float64))
+
+    def forward(self, t: Tensor, state: Any, gain: Tensor | float = 1.0) -> Any:
+        fast, (level, pair) = state["fast"], state["slow"]
+        return {
+            "fast": self.net(t, fast, gain) * (1.0 + 0.1 * torch.cos(level)),
+            "slow": [
+                fast.square().mean() - level + torch.sin(t),
+                self.rate * pair * level.sin() + 0.2 * fast.sum() * gain,
+            ],
+        }
+
+
+@dataclass
+class Case:
+    """A problem and what to differentiate.
+
+    Attributes:
+        func: ``func(t, y, *args)``.
+        y0: Initial state; its leaves require grad.
+        t: Output times.
+        args: Extra arguments of ``func``.
+        params: Tensors that ``func`` holds, by name.
+    """
+
+    func: Callable[..., Any]
+    y0: Any
+    t: Tensor
+    args: tuple[Any, ...] = ()
+    params: dict[str, Tensor] = field(default_factory=dict)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Every tensor whose gradient is asked for, by name."""
+        leaves, _ = pytree.tree_flatten(self.y0)
+        named = {f"y0[{i}]": leaf for i, leaf in enumerate(leaves)}
+        named |= {f"args[{i}]": arg for i, arg in enumerate(self.args)}
+        named |= self.params
+        named["t"] = self.t
+        return {name: x for name, x in named.items() if x.requires_grad}
+
+    def gradients(self, y: Any) -> dict[str, Tensor | None]:
+        """Gradients of a fixed random linear function of the solution."""
+        inputs = self.inputs()
+        grads = torch.autograd.grad(loss(y), list(inputs.values()), allow_unused=True)
+        return dict(zip(inputs, grads, strict=True))
+
+
+def case(
+    *,
+    tree: bool = False,
+    times: Sequence[float] = (0.0, 1.2),
+    wants_time: bool = False,
+    batch: int = 2,
+    dim: int = 3,
+    hidden: int = 5,
+    seed: int = 0,
+) -> Case:
+    """A network problem in float64, with gradients for the state, parameters, args and times."""
+    draw = torch.Generator().manual_seed(1000 + seed)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_()
+
+    module: nn.Module = (Coupled if tree else Net)(dim, hidden, seed)
+    y0: Any = leaf(batch, dim)
+    if tree:
+        y0 = {"fast": y0, "slow": [leaf(), leaf(2)]}
+    gain = torch.tensor(1.1, dtype=torch.float64, requires_grad=True)
+    t = torch.tensor(times, dtype=torch.float64, requires_grad=wants_time)
+    return Case(module, y0, t, (gain,), dict(module.named_parameters()))
+
+
+def loss(y: Any) -> Tensor:
+    """A linear function with fixed random weights, of every element of every leaf."""
+    draw = torch.Generator().manual_seed(7)
+    leaves, _ = pytree.tree_flatten(y)
+    return torch.stack(
+        [
+            (torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x) * x).sum()
+            for x in leaves
+        ]
+    ).sum()
+
+
+def relative_error(got: Tensor | None, wanted: Tensor | None) -> float:
+    """Relative L2 error; infinite where only one of the two is there."""
+    if got is None or wanted is None:
+        return 0.0 if got is wanted else math.inf
+    got, wanted = got.detach().double(), wanted.detach().double()
+    scale = float(torch.linalg.vector_norm(wanted))
+    error = float(torch.linalg.vector_norm(got - wanted))
+    return error / scale if scale else error
+
+
+def worst(got: dict[str, Tensor | None], wanted: dict[str, Tensor | None]) -> tuple[float, str]:
+    """The largest relative error over all gradients, and whose it is."""
+    assert got.keys() == wanted.keys()
+    return max((relative_error(got[name], wanted[name]), name) for name in wanted)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A non-autonomous problem with a known solution.
+
+    Attributes:
+        func: The field.
+        solution: ``t (T,) -> (T, 2)``, all in float64.
+        span: Where to solve it.
+    """
+
+    func: Callable[[Tensor, Tensor], Tensor]
+    solution: Callable[[Tensor], Tensor]
+    span: tuple[float, float]
+
+
+def known() -> Known:
+    """Logistic growth at a rate that changes with time, and a component that is pulled to it.
+
+    With ``u' = (1 + cos t) u (1 - u)`` and ``v = u + sin(2 t)``, both nonlinear in state and time.
+    """
+
+    def growth(t: Tensor) -> Tensor:
+        return 1 / (1 + 2 * torch.exp(-(t + torch.sin(t))))
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        u, v = y[0], y[1]
+        slope = (1 + torch.cos(t)) * u * (1 - u)
+        # The last term vanishes on the solution and keeps its neighbours coupled to it.
+        return torch.stack(
+            [slope, slope + 2 * torch.cos(2 * t) - torch.tanh(v - u - torch.sin(2 * t))]
+        )
+
+    def solution(t: Tensor) -> Tensor:
+        u = growth(t)
+        return torch.stack([u, u + torch.sin(2 * t)], dim=-1)
+
+    return Known(func, solution, (0.3, 2.3))
