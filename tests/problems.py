@@ -133,14 +133,21 @@ def loss(y: Any) -> Tensor:
     ).sum()
 
 
-def relative_error(got: Tensor | None, wanted: Tensor | None) -> float:
-    """Relative L2 error; infinite where only one of the two is there."""
+def size(x: Tensor | None) -> float:
+    """L2 norm; that of no gradient at all is zero."""
+    return 0.0 if x is None else float(torch.linalg.vector_norm(x.detach().double()))
+
+
+def distance(got: Tensor | None, wanted: Tensor | None) -> float:
+    """L2 distance; infinite where only one of the two is there."""
     if got is None or wanted is None:
         return 0.0 if got is wanted else math.inf
-    got, wanted = got.detach().double(), wanted.detach().double()
-    scale = float(torch.linalg.vector_norm(wanted))
-    error = float(torch.linalg.vector_norm(got - wanted))
-    return error / scale if scale else error
+    return size(got.detach().double() - wanted.detach().double())
+
+
+def relative_error(got: Tensor | None, wanted: Tensor | None) -> float:
+    """Distance relative to the size of what is wanted."""
+    return distance(got, wanted) / (size(wanted) or 1.0)
 
 
 def worst(got: dict[str, Tensor | None], wanted: dict[str, Tensor | None]) -> tuple[float, str]:

@@ -61,6 +61,34 @@ def frozen(
     return pytree.tree_unflatten(stacked, tree)
 
 
+class Split:
+    """A module whose parameters are told apart from evaluation to evaluation.
+
+    The gradient of a parameter is the sum of those of its copies, so the copies' gradients show
+    how large the terms of that sum are.
+    """
+
+    def __init__(self, module: Any, params: dict[str, Tensor]) -> None:
+        self.module = module
+        self.params = params
+        self.copies: list[dict[str, Tensor]] = []
+
+    def __call__(self, *args: Any) -> Any:
+        self.copies.append({name: x.clone() for name, x in self.params.items()})
+        return torch.func.functional_call(self.module, self.copies[-1], args)
+
+    def sizes(self, loss: Tensor) -> dict[str, float]:
+        """For each parameter, the sum of the sizes of its copies' gradients."""
+        flat = [(name, x) for copy in self.copies for name, x in copy.items()]
+        grads = torch.autograd.grad(
+            loss, [x for _, x in flat], retain_graph=True, materialize_grads=True
+        )
+        sizes = dict.fromkeys(self.params, 0.0)
+        for (name, _), grad in zip(flat, grads, strict=True):
+            sizes[name] += float(torch.linalg.vector_norm(grad))
+        return sizes
+
+
 def adaptive_nodes(steps: Tensor, times: Sequence[Tensor]) -> list[Tensor]:
     """The step times of an adaptive solve: its ends follow ``t``, all between are constants."""
     return [times[0], *steps[1:-1].unbind(), times[-1]]
