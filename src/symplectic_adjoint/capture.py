@@ -16,7 +16,7 @@ import functools
 import inspect
 import threading
 import types
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +98,7 @@ class Capture:
         self._stand_ins: list[tuple[_Slot, Any]] = []
         self._by_identity: set[int] = set()
         self._hidden_constants: list[Tensor] = []
+        self._scripted: dict[str, Tensor] = {}
         self._only = None if only is None else {id(p) for p in only}
         walk = _Walk(self)
         walk.visit(func, "func")
@@ -161,21 +162,30 @@ class Capture:
         """
         with _Watch(known) as watch:
             output = evaluate()
-        hidden = [x for x in graph_leaves(output) if id(x) not in watch.known]
+        replaced = {id(self.tensors[i]) for i in self._by_identity}
+        replaced |= {id(x) for x in self._hidden_constants}
+        new = [x for x in watch.found if id(x) not in replaced]
+        reached = graph_leaves(output, {(x.grad_fn, x.output_nr) for x in new})
+        hidden = [x for x in reached if id(x) not in watch.known or id(x) in replaced]
         if hidden:
             raise CaptureError(
                 "func depends on tensors that require grad and cannot be replaced during the solve:"
-                f" {', '.join(f'{x.dtype} of shape {tuple(x.shape)}' for x in hidden)}. They are "
+                f" {', '.join(map(self._describe, hidden))}. They are "
                 "used where Python does not see them (TorchScript, a custom autograd.Function or "
                 "operator). Pass them through args, hold them in the module that is func, or "
                 "detach them."
             )
-        for tensor in watch.found:
+        for tensor in new:
             if self._only is None or id(tensor) in self._only:
                 self._add(tensor, f"a tensor of shape {tuple(tensor.shape)}", None)
             else:
                 self._hidden_constants.append(tensor)
-        return bool(watch.found)
+        return bool(new)
+
+    def _describe(self, tensor: Tensor) -> str:
+        named = zip([*self.names, *self._scripted], [*self.tensors, *self._scripted.values()])
+        names = [name for name, x in named if x is tensor]
+        return f"{' '.join(names[:1])} ({tensor.dtype} of shape {tuple(tensor.shape)})".strip()
 
 
 def _swap(undo: contextlib.ExitStack, slot: _Slot, value: Any) -> None:
@@ -233,7 +243,9 @@ class _Walk:
 
     def _module(self, module: nn.Module, name: str) -> None:
         if isinstance(module, torch.jit.ScriptModule):
-            return  # its tensors live outside Python; the check at each evaluation names them
+            # Its tensors live outside Python; the check at each evaluation names them.
+            self.capture._scripted |= {f"{name}.{key}": x for key, x in module.named_parameters()}
+            return
         skip: set[str] = set()
         if parametrize.is_parametrized(module):
             skip.add("parametrizations")
@@ -323,10 +335,13 @@ def _global_names(code: types.CodeType) -> set[str]:
 
 
 def _is_users(obj: Any) -> bool:
-    """Whether a class or function comes from outside torch and the interpreter."""
+    """Whether a class or function comes from outside torch and the interpreter.
+
+    What ``functools.cache`` wraps is not looked into: it would keep a stand-in for later solves.
+    """
     module = getattr(obj, "__module__", None) or ""
     root = module.partition(".")[0]
-    return root not in ("torch", "builtins", "numpy") and not inspect.isbuiltin(obj)
+    return root not in ("torch", "builtins", "numpy", "functools") and not inspect.isbuiltin(obj)
 
 
 class _Replace(TorchFunctionMode):
@@ -383,8 +398,8 @@ def _tensors(value: Any) -> list[Tensor]:
     return []
 
 
-def graph_leaves(output: Tensor) -> list[Tensor]:
-    """The leaves of ``output``'s graph."""
+def graph_leaves(output: Tensor, cut: Collection[tuple[Any, int]] = ()) -> list[Tensor]:
+    """The leaves of ``output``'s graph, not looking behind the edges (node, output) in ``cut``."""
     if output.grad_fn is None:
         return [output] if output.requires_grad else []
     leaves = []
@@ -395,8 +410,8 @@ def graph_leaves(output: Tensor) -> list[Tensor]:
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             leaves.append(leaf)
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
+        for child, number in node.next_functions:
+            if child is not None and child not in seen and (child, number) not in cut:
                 seen.add(child)
                 stack.append(child)
     return leaves

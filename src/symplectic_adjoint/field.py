@@ -233,7 +233,7 @@ class DetachedField(Field):
 
     def _rediscover(self, capture: Capture, time: Tensor, x: Tensor) -> None:
         with RandomState(self.device).restored():
-            found = capture.discover(lambda: self.call(time, x), (time, x))
+            found = capture.discover(lambda: self.call(time, x), (time, x, *self.aliases))
         if found:
             raise Rediscovered
 

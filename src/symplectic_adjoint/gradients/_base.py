@@ -135,7 +135,7 @@ class Strategy:
             )
 
     def forward_field(
-        self, func: Any, like: Tensor, aliases: Sequence[Tensor], capture: Capture, time: bool
+        self, func: Any, like: Tensor, aliases: Sequence[Tensor], capture: Capture | None, time: bool
     ) -> DetachedField:
         """The field of the forward pass; ``time`` says whether times need gradients."""
         return DetachedField(func, like, aliases, capture)

@@ -104,7 +104,7 @@ def execute(job: Job) -> tuple[Solution, SolveError | None]:
 
 
 def _plain_autograd(job: Job) -> bool:
-    return isinstance(job.strategy, Backprop) and job.wants_grad
+    return isinstance(job.strategy, Backprop) and torch.is_grad_enabled()
 
 
 def _backprop(job: Job) -> tuple[Solution, SolveError | None]:
@@ -127,6 +127,8 @@ def _backprop(job: Job) -> tuple[Solution, SolveError | None]:
 def _recorded(job: Job) -> tuple[Solution, SolveError | None]:
     """The forward pass with no graph, then its outputs attached to the caller's graph."""
     wants_grad = job.wants_grad
+    # Where no gradient can be asked for, none can be missed.
+    capture = job.capture if torch.is_grad_enabled() else None
     aliases = detached(job.capture.tensors)
     y0 = job.problem.y0
     records: list[Record] = []
@@ -148,7 +150,7 @@ def _recorded(job: Job) -> tuple[Solution, SolveError | None]:
 
     with torch.enable_grad(), job.capture.substituted(aliases):
         strategy = job.strategy if wants_grad else Symplectic()
-        field = strategy.forward_field(job.func, y0.detach(), aliases, job.capture, job.wants_time)
+        field = strategy.forward_field(job.func, y0.detach(), aliases, capture, job.wants_time)
         field.random = job.random
         times = _output_times(job, job.problem.t.detach())
         result, stats = _run(job, field, {}, times, keep, graph=False)

@@ -60,6 +60,7 @@ class _AdjointSolve:
             get(strategy.method_name) if strategy.method_name is not None else sweep.stepper
         )
         self.aliases = sweep.field.aliases
+        self.used: set[int] = set()
         self.wants_time = sweep.out_times is not None
         self.like = [sweep.y0, sweep.y0, *self.aliases]
         if self.wants_time:
@@ -79,8 +80,8 @@ class _AdjointSolve:
             z = self._pack([self.y[j], lam, *rest])
             z = self._integrate(z, j)
             _, lam, *rest = self._unpack(z)
-        for alias, grad in zip(self.aliases, rest, strict=False):
-            alias.grad = grad
+        for i, (alias, grad) in enumerate(zip(self.aliases, rest, strict=False)):
+            alias.grad = grad if i in self.used else None
         if self.wants_time:
             assert sweep.out_times is not None
             sweep.out_times[0] += rest[-1]
@@ -134,8 +135,10 @@ class _AdjointSolve:
         wanted = [graph.x, *self.aliases, *([graph.t] if self.wants_time else [])]
         if not graph.k.requires_grad:
             return self._pack([graph.k, *(torch.zeros_like(x) for x in wanted)])
-        grads = torch.autograd.grad(graph.k, wanted, -lam, materialize_grads=True)
-        return self._pack([graph.k, *grads])
+        grads = torch.autograd.grad(graph.k, wanted, -lam, allow_unused=True)
+        self.used |= {i for i, grad in enumerate(grads[1:]) if grad is not None}
+        pairs = zip(grads, wanted, strict=True)
+        return self._pack([graph.k, *(torch.zeros_like(x) if g is None else g for g, x in pairs)])
 
     def _norm(self) -> Norm:
         """The largest root mean square of the parts that count."""
