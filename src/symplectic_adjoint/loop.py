@@ -14,6 +14,59 @@ from symplectic_adjoint._types import Time, as_float
 from symplectic_adjoint.controllers import Pace
 from symplectic_adjoint.field import Field
 from symplectic_adjoint.steppers import Stepper
+from symplectic_adjoint.steppers._base import Work
+
+
+@dataclass(frozen=True)
+class SolveShape:
+    """What, beside the method, decides how often ``f`` is evaluated in a solve that succeeds.
+
+    Attributes:
+        accepted: Accepted steps.
+        rejected: Rejected attempts.
+        dense: Accepted steps that hold dense outputs.
+        dense_end: Whether the last step does.
+        adaptive: Whether errors are estimated.
+        selected: Whether the first step size is selected by an evaluation.
+        solves: Number of solves in a row, each of which starts anew; the counts are their sums.
+        moved: Output times whose own gradient is wanted.
+        adjoint: The solves of the backward pass, where it solves an equation of its own.
+    """
+
+    accepted: int
+    rejected: int = 0
+    dense: int = 0
+    dense_end: bool = False
+    adaptive: bool = False
+    selected: bool = False
+    solves: int = 1
+    moved: int = 0
+    adjoint: SolveShape | None = None
+
+    @staticmethod
+    def of(outputs: Sequence[Outputs]) -> SolveShape:
+        """The shape of accepted steps alone, from the outputs that each holds."""
+        dense = [held.dense for held in outputs]
+        return SolveShape(len(dense), dense=sum(dense), dense_end=any(dense[-1:]))
+
+    def stages(self, work: Work) -> int:
+        """Evaluations on which the solution depends: each takes one product in reverse."""
+        nodes = self.accepted - self.solves + self._last_node(work)
+        return (
+            self.solves + self.accepted * work.inner + nodes * work.node + self.dense * work.extra
+        )
+
+    def evaluations(self, work: Work) -> int:
+        """Evaluations of the forward pass, for a method whose steps take ``work``."""
+        count = self.stages(work) + self.rejected * work.inner + self.selected * self.solves
+        if self.adaptive:
+            count += (self.accepted + self.rejected) * work.error
+            if work.error_node:
+                count += self.rejected + self.solves - self._last_node(work)
+        return count
+
+    def _last_node(self, work: Work) -> int:
+        return int(self.dense_end and work.dense_node)
 
 
 @dataclass
@@ -26,6 +79,9 @@ class Stats:
         evaluations: Calls of ``func`` in the forward pass, all included.
         backward_evaluations: Calls of ``func`` in the last backward pass.
         products: Vector-Jacobian products in the last backward pass.
+        backward_accepted: Accepted steps of the last backward pass, where it solves an equation of
+            its own.
+        backward_rejected: Its rejected attempts.
     """
 
     accepted: int = 0
@@ -33,6 +89,8 @@ class Stats:
     evaluations: int = 0
     backward_evaluations: int = 0
     products: int = 0
+    backward_accepted: int = 0
+    backward_rejected: int = 0
 
 
 def integrate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from symplectic_adjoint._types import Time
 from symplectic_adjoint.accumulate import InPlace
 from symplectic_adjoint.capture import Capture
 from symplectic_adjoint.field import DetachedField, Field, StageGraph
-from symplectic_adjoint.loop import Outputs
+from symplectic_adjoint.loop import Outputs, SolveShape, Stats
 from symplectic_adjoint.steppers import Stepper
 from symplectic_adjoint.steppers._base import (
     Cotangent,
@@ -57,6 +57,7 @@ class Sweep:
         g: Cotangents of the outputs.
         reversal: Shared by the transposes; says which step times need a cotangent.
         out_times: Accumulates the cotangents of output times, float64; None where not needed.
+        own: Counts the steps of a backward pass that solves an equation of its own.
     """
 
     field: DetachedField
@@ -74,6 +75,7 @@ class Sweep:
     out_times: Tensor | None
     setting: Any
     controller: Any
+    own: Stats = dataclasses.field(default_factory=Stats)
     _pending: list[tuple[int, Outputs, DenseCotangent]] = dataclasses.field(default_factory=list)
 
     def place(self, n: int) -> Tensor:
@@ -105,6 +107,13 @@ class Sweep:
                 times.values[n] += ((theta - 1) * slope).sum()
                 times.values[n + 1] -= (theta * slope).sum()
         self._pending.clear()
+
+
+class Counts(NamedTuple):
+    """What a backward pass costs: evaluations of ``f``, and vector-Jacobian products."""
+
+    evaluations: int
+    products: int
 
 
 class Strategy:
@@ -150,6 +159,10 @@ class Strategy:
 
     def reverse(self, sweep: Sweep) -> Tensor:
         """The cotangent of ``y0``; those of captured tensors go to the aliases' ``.grad``."""
+        raise NotImplementedError
+
+    def counts(self, stepper: Stepper, shape: SolveShape) -> Counts:
+        """What the backward pass of a solve costs, exactly."""
         raise NotImplementedError
 
 

@@ -14,7 +14,7 @@ from symplectic_adjoint._errors import SecondDerivativeError
 from symplectic_adjoint._types import FlatFunc, Time
 from symplectic_adjoint.capture import Capture, detached
 from symplectic_adjoint.controllers import Controller, Setting
-from symplectic_adjoint.field import DetachedField, GraphField
+from symplectic_adjoint.field import DetachedField, Field, GraphField
 from symplectic_adjoint.gradients._base import Record, Strategy, Sweep, replay
 from symplectic_adjoint.loop import Outputs, Stats
 from symplectic_adjoint.steppers import Stepper
@@ -182,7 +182,7 @@ def _reversed(
             controller=tape.controller,
         )
         lam = tape.strategy.reverse(sweep)
-    tape.stats.backward_evaluations, tape.stats.products = field.evaluations, field.products
+    _write_stats(tape.stats, field, sweep.own)
     grads = field.sums.totals()
     reversal = sweep.reversal.times
     node_grads = None if reversal is None else reversal.values.cpu()
@@ -212,6 +212,8 @@ def _replayed(
         output_times = times if needs[2] else times.detach()
         _, parts = replay(field, tape.stepper, state, knots, tape.outputs, tokens, output_times)
         y = torch.cat([y0.unsqueeze(0), *(part for _, part in parts)])
+    field.products = field.evaluations
+    _write_stats(tape.stats, field, Stats())
     wanted = [i for i, need in enumerate(needs) if need]
     grads = torch.autograd.grad(
         y, [views[i] for i in wanted], g, create_graph=True, allow_unused=True
@@ -220,6 +222,11 @@ def _replayed(
     for i, grad in zip(wanted, grads, strict=True):
         result[i] = grad
     return result
+
+
+def _write_stats(stats: Stats, field: Field, own: Stats) -> None:
+    stats.backward_evaluations, stats.products = field.evaluations, field.products
+    stats.backward_accepted, stats.backward_rejected = own.accepted, own.rejected
 
 
 def _time_cotangents(tape: Tape, wanted: bool, y0: Tensor) -> TimeCotangents | None:

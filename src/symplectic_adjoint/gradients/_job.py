@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,12 +15,12 @@ from symplectic_adjoint._types import FlatFunc, Time
 from symplectic_adjoint.capture import Capture, detached
 from symplectic_adjoint.controllers import Controller, FixedGrid, GridPace, Setting
 from symplectic_adjoint.field import Field, GraphField, RandomState, Rediscovered
-from symplectic_adjoint.gradients._base import Record, Strategy
+from symplectic_adjoint.gradients._base import Counts, Record, Strategy
 from symplectic_adjoint.gradients._dense import GraphDense, RecordedDense
 from symplectic_adjoint.gradients._function import Autocast, Tape, attach
 from symplectic_adjoint.gradients.backprop import Backprop
 from symplectic_adjoint.gradients.symplectic import Symplectic
-from symplectic_adjoint.loop import Outputs, OutputTimes, Run, Stats, integrate, run
+from symplectic_adjoint.loop import Outputs, OutputTimes, Run, SolveShape, Stats, integrate, run
 from symplectic_adjoint.problem import Problem
 from symplectic_adjoint.solution import Solution
 from symplectic_adjoint.steppers import Stepper
@@ -121,7 +122,15 @@ def _backprop(job: Job) -> tuple[Solution, SolveError | None]:
     dense = (
         GraphDense(job.problem, job.stepper, job.capture, field, steps) if job.keep_dense else None
     )
+    if result.y.requires_grad:
+        counts = job.strategy.counts(job.stepper, SolveShape.of(result.outputs))
+        result.y.register_hook(functools.partial(_write_counts, stats, counts))
     return _solution(job, result, stats, result.y, dense), result.error
+
+
+def _write_counts(stats: Stats, counts: Counts, g: Tensor) -> None:
+    """Plain autograd counts nothing, but reverses each stage once."""
+    stats.backward_evaluations, stats.products = counts
 
 
 def _recorded(job: Job) -> tuple[Solution, SolveError | None]:

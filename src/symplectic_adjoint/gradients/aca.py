@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from symplectic_adjoint.gradients._base import Record, Strategy, Sweep, segments
+from symplectic_adjoint.gradients._base import Counts, Record, Strategy, Sweep, segments
+from symplectic_adjoint.loop import SolveShape
 from symplectic_adjoint.steppers import Stepper
 
 
@@ -26,3 +27,11 @@ class ACA(Strategy):
 
     def reverse(self, sweep: Sweep) -> Tensor:
         return segments(sweep, 1)
+
+    def counts(self, stepper: Stepper, shape: SolveShape) -> Counts:
+        """Each stage once; a node that dense outputs weigh, in the step after it once more."""
+        work = stepper.work
+        stages = shape.stages(work)
+        if work.dense_node:
+            stages += work.node * (shape.dense - shape.dense_end)
+        return Counts(stages, stages)

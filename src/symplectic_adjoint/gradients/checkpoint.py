@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from symplectic_adjoint.gradients._base import Record, Strategy, Sweep, segments
+from symplectic_adjoint.gradients._base import Counts, Record, Strategy, Sweep, segments
+from symplectic_adjoint.loop import SolveShape
 from symplectic_adjoint.steppers import Stepper
 from symplectic_adjoint.steppers._base import Saved
 
@@ -23,3 +24,8 @@ class Checkpoint(Strategy):
 
     def reverse(self, sweep: Sweep) -> Tensor:
         return segments(sweep, max(len(sweep.outputs), 1))
+
+    def counts(self, stepper: Stepper, shape: SolveShape) -> Counts:
+        """Each stage once."""
+        stages = shape.stages(stepper.work)
+        return Counts(stages, stages)

@@ -13,8 +13,8 @@ from torch import Tensor
 from symplectic_adjoint._types import Norm
 from symplectic_adjoint.controllers import Adaptive, GridPace
 from symplectic_adjoint.field import DetachedField, Stage
-from symplectic_adjoint.gradients._base import Record, Strategy, Sweep
-from symplectic_adjoint.loop import Stats, integrate
+from symplectic_adjoint.gradients._base import Counts, Record, Strategy, Sweep
+from symplectic_adjoint.loop import SolveShape, integrate
 from symplectic_adjoint.steppers import Stepper, get
 from symplectic_adjoint.steppers._base import Saved, dot
 
@@ -47,6 +47,16 @@ class Continuous(Strategy):
     def reverse(self, sweep: Sweep) -> Tensor:
         return _AdjointSolve(self, sweep).run()
 
+    def counts(self, stepper: Stepper, shape: SolveShape) -> Counts:
+        """One product for each evaluation of its own solves, whose steps only they know."""
+        assert shape.adjoint is not None
+        products = shape.adjoint.evaluations(self.stepper(stepper).work)
+        return Counts(products + shape.moved, products)
+
+    def stepper(self, forward: Stepper) -> Stepper:
+        """The method of the adjoint solve."""
+        return forward if self.method_name is None else get(self.method_name)
+
 
 class _AdjointSolve:
     """The state (y, lam, cotangents of parameters, cotangent of t) as one real vector."""
@@ -56,9 +66,7 @@ class _AdjointSolve:
         self.strategy = strategy
         self.sweep = sweep
         self.y = sweep.y
-        self.stepper = (
-            get(strategy.method_name) if strategy.method_name is not None else sweep.stepper
-        )
+        self.stepper = strategy.stepper(sweep.stepper)
         self.aliases = sweep.field.aliases
         self.used: set[int] = set()
         self.wants_time = sweep.out_times is not None
@@ -118,7 +126,7 @@ class _AdjointSolve:
             pace: Any = own.begin(field, self.stepper, state, setting)
         else:
             pace = GridPace(self._grid(start, end))
-        for step in integrate(field, self.stepper, pace, state, end, {}, Stats()):
+        for step in integrate(field, self.stepper, pace, state, end, {}, sweep.own):
             z = step.y1
         return z
 

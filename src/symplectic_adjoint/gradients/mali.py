@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from symplectic_adjoint.gradients._base import Record, Strategy, Sweep, stagewise
+from symplectic_adjoint.gradients._base import Counts, Record, Strategy, Sweep, stagewise
+from symplectic_adjoint.loop import SolveShape
 from symplectic_adjoint.steppers import Stepper
 from symplectic_adjoint.steppers._base import Saved
 from symplectic_adjoint.steppers.alf import ALF
@@ -37,3 +38,8 @@ class MALI(Strategy):
             return stepper.invert(sweep.nodes[n], end, tokens[1] if tokens else None)
 
         return stagewise(sweep, step_at)
+
+    def counts(self, stepper: Stepper, shape: SolveShape) -> Counts:
+        """Each stage once: the evaluation that inverts a step is the one pulled back."""
+        stages = shape.stages(stepper.work)
+        return Counts(stages, stages)

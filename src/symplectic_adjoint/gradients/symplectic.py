@@ -12,7 +12,8 @@ from symplectic_adjoint._errors import UnknownNameError
 from symplectic_adjoint.accumulate import Compensated, Float64, InPlace
 from symplectic_adjoint.capture import Capture
 from symplectic_adjoint.field import DetachedField, LeafField
-from symplectic_adjoint.gradients._base import Record, Strategy, Sweep, stagewise
+from symplectic_adjoint.gradients._base import Counts, Record, Strategy, Sweep, stagewise
+from symplectic_adjoint.loop import SolveShape
 from symplectic_adjoint.steppers import Stepper
 
 _STORES = ("steps", "stages", "graph")
@@ -85,3 +86,17 @@ class Symplectic(Strategy):
             return step
 
         return stagewise(sweep, step_at)
+
+    def counts(self, stepper: Stepper, shape: SolveShape) -> Counts:
+        """Each stage once; with ``store="steps"`` most of them once more, to find the next points.
+
+        Graphs serve one backward pass; a second one evaluates each stage, as from stored stages.
+        """
+        work = stepper.work
+        stages = shape.stages(work)
+        if self.store == "graph":
+            return Counts(0, stages)
+        if self.store == "stages":
+            return Counts(stages, stages)
+        again = shape.accepted * work.points + shape.dense * work.dense_points
+        return Counts(stages + again + (shape.dense_end and work.points_node), stages)

@@ -40,6 +40,35 @@ class Saved(NamedTuple):
     tokens: Sequence[RandomState | None] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How many evaluations of ``f`` the parts of a step take.
+
+    The node is the slope at a step's end, at which the next step begins.
+
+    Attributes:
+        inner: Stages between the ends on which the new value depends.
+        node: 1, or 0 where the step yields that slope without an evaluation.
+        error: Further stages that only the error estimate weighs.
+        error_node: Whether it weighs the node.
+        extra: Further stages that only dense outputs weigh.
+        dense_node: Whether they weigh the node.
+        points: Stages whose values are needed to find the points of a step again.
+        dense_points: Further ones to find the points of the extra stages.
+        points_node: Whether the node is among those.
+    """
+
+    inner: int
+    node: int = 1
+    error: int = 0
+    error_node: bool = False
+    extra: int = 0
+    dense_node: bool = False
+    points: int = 0
+    dense_points: int = 0
+    points_node: bool = False
+
+
 @dataclass(slots=True)
 class DenseCotangent:
     """Cotangents ``g`` (m, ...) of the outputs at places ``theta`` (m,) inside a step.
@@ -116,6 +145,7 @@ class Stepper(Protocol):
     name: str
     order: int
     error_order: int | None
+    work: Work
 
     def begin(self, t: Time, y: Tensor) -> Any:
         """The state that starts a solve."""

@@ -25,6 +25,7 @@ from symplectic_adjoint.steppers._base import (
     DenseCotangent,
     Reversal,
     Saved,
+    Work,
     dot,
     power_slopes,
     powers,
@@ -73,6 +74,7 @@ class ALF:
     name = "alf"
     order = 2
     error_order: int | None = 2
+    work = Work(inner=1, node=0)
 
     def begin(self, t: Time, y: Tensor) -> ALFState:
         return ALFState(t, y, Stage(t, y))

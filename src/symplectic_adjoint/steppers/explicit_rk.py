@@ -23,7 +23,7 @@ nor a special case where ``b_i = 0``: ``Lambda_i = kappa_i / (h b_i)``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ from symplectic_adjoint.steppers._base import (
     DenseCotangent,
     Reversal,
     Saved,
+    Work,
     dot,
     power_slopes,
     powers,
@@ -102,7 +103,30 @@ class ExplicitRK:
         )
         self.error_terms = _terms(tableau.error or ())
         self.dense_stages = tuple(i for i, row in enumerate(self.dense.coefficients) if any(row))
-        self.has_extras = len(self.rows) > self.node + 1
+        self.work = self._work()
+
+    def _work(self) -> Work:
+        """Sorts the stages after the first by what needs their values."""
+        node = self.node
+        inner = self._weighed(range(1, node + 1)) - {0}
+        error = {i for _, i in self.error_terms} - inner - {0}
+        points = self._weighed(range(1, node))
+        extra_points = self._weighed(range(node + 1, len(self.rows)))
+        dense = (extra_points | set(self.dense_stages)) - inner - {0}
+        return Work(
+            inner=len(inner),
+            error=len(error - {node}),
+            error_node=node in error,
+            extra=len(dense - {node}),
+            dense_node=node in dense,
+            points=len(points),
+            dense_points=len(extra_points - points - {node}),
+            points_node=node in extra_points,
+        )
+
+    def _weighed(self, rows: Iterable[int]) -> set[int]:
+        """The stages that rows of weights weigh."""
+        return {i for row in rows for _, i in self.rows[row]}
 
     # Forward ---------------------------------------------------------------------------------
 
