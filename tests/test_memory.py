@@ -89,14 +89,14 @@ def test_a_garbage_cycle_counts_until_it_is_collected() -> None:
 
 
 def test_an_autograd_graph_of_known_size() -> None:
-    """tanh saves its result: n results are alive at the loss, then the backward pass holds two cotangents at most."""
+    """tanh saves its result: n are alive at the loss, and at most two cotangents after it."""
     x = torch.zeros(MEGA // 4, requires_grad=True)
 
     def chain(length: int) -> None:
         y = x
         for _ in range(length):
             y = y.tanh()
-        y.backward(torch.ones_like(y))
+        torch.autograd.backward(y, torch.ones_like(y))
 
     small, large = (peak_memory(lambda n=n: chain(n)) for n in (10, 30))  # type: ignore[misc]
     assert large - small == 20 * MEGA

@@ -1,8 +1,8 @@
 """Peak live memory of a function: what its tensors occupy, not what the process reserves.
 
-On the CPU the allocator's own events are read (``profile_memory`` of torch's profiler), so the figure is exact to
-the byte and the same on every run. Operators are not recorded: only allocations are, which keeps a run of a million
-events near its normal speed.
+On the CPU the allocator's own events are read (``profile_memory`` of torch's profiler), so the
+figure is exact to the byte and the same on every run. Operators are not recorded: only allocations
+are, which keeps a run of a million events near its normal speed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch
 def peak_memory(fn: Callable[[], object], *, device: str | torch.device = "cpu") -> int:
     """Runs ``fn`` once and returns the largest number of bytes its tensors held at one time.
 
-    Counted is what ``fn`` allocates and has not yet freed, its return value included. Memory that was live before
-    the call counts for nothing, whether ``fn`` frees it (CPU) or not.
+    Counted is what ``fn`` allocates and has not yet freed, its return value included. Memory that
+    was live before the call counts for nothing, whether ``fn`` frees it (CPU) or not.
 
     Args:
         fn: Called once without arguments; its result is dropped after the measurement.
-        device: ``"cpu"`` reads the allocator's events. A CUDA device reads the peak of torch's caching allocator
-            above its level at the start; there, freed older memory lowers the figure.
+        device: ``"cpu"`` reads the allocator's events. A CUDA device reads the peak of torch's
+            caching allocator above its level at the start; there, freed older memory lowers the
+            figure.
 
     Returns:
         Peak live bytes.
@@ -74,7 +75,8 @@ def _peak_cpu(fn: Callable[[], object]) -> int:
 def _peak_of(events: Iterable[tuple[int, int]]) -> int:
     """Peak of the running sum of ``(address, bytes)``; frees have negative bytes.
 
-    A free of an address that was not allocated inside the window belongs to an older tensor and is passed over.
+    A free of an address that was not allocated inside the window belongs to an older tensor and is
+    passed over.
     """
     sizes: dict[int, int] = {}
     live = peak = 0
@@ -89,32 +91,25 @@ def _peak_of(events: Iterable[tuple[int, int]]) -> int:
 
 
 def _record_allocations() -> Callable[[], list[Any]]:
-    """Starts to record the CPU allocator's events; the function returned stops and gives their tree."""
-    # torch.profiler.profile cannot leave the operators out, which are most of its events and of its cost.
+    """Starts to record the CPU allocator's events; the result stops it and gives their tree."""
+    # torch.profiler.profile cannot leave the operators out, most of its events and of its cost.
     from torch._C._profiler import RecordScope, _ExperimentalConfig
-    from torch.autograd import (
-        ProfilerActivity,
-        ProfilerConfig,
-        ProfilerState,
-        _disable_profiler,
-        _enable_profiler,
-        _prepare_profiler,
-        _profiler_enabled,
-    )
 
-    if _profiler_enabled():
+    autograd: Any = torch.autograd  # its stubs lack what follows
+    if autograd._profiler_enabled():
         raise RuntimeError("peak_memory cannot run inside a running torch profiler; stop it first")
-    config = ProfilerConfig(
-        ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig()
+    memory_only = (False, True, False, False, False)  # shapes, memory, stack, flops, modules
+    config = autograd.ProfilerConfig(
+        autograd.ProfilerState.KINETO, *memory_only, _ExperimentalConfig()
     )
-    activities = {ProfilerActivity.CPU}
+    activities = {autograd.ProfilerActivity.CPU}
     with _quiet_kineto():
-        _prepare_profiler(config, activities)
-        _enable_profiler(config, activities, {RecordScope.USER_SCOPE})
+        autograd._prepare_profiler(config, activities)
+        autograd._enable_profiler(config, activities, {RecordScope.USER_SCOPE})
 
     def stop() -> list[Any]:
         with _quiet_kineto():
-            return list(_disable_profiler().experimental_event_tree())
+            return list(autograd._disable_profiler().experimental_event_tree())
 
     return stop
 
@@ -132,7 +127,7 @@ def _walk(tree: Iterable[Any]) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def _quiet_kineto() -> Iterator[None]:
-    """Keeps the profiler's start and stop notices off stderr, unless the user has asked for a level."""
+    """Keeps the profiler's notices off stderr, unless the user has asked for a level."""
     name = "KINETO_LOG_LEVEL"
     asked = name in os.environ
     os.environ.setdefault(name, "99")

@@ -1,0 +1,1 @@
+"""This library and its peers on the same problems: ``python -m benchmarks``."""

@@ -1,0 +1,147 @@
+"""The command ``python -m benchmarks``."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.peers import BASELINE, PEERS, Peer
+from benchmarks.problems import PROBLEMS, quick
+from benchmarks.suite import load, run_suite, save, write_atomically
+from benchmarks.tables import markdown, plain
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results.json"
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: As after ``python -m benchmarks``; those of the process by default.
+
+    Returns:
+        The exit status: 1 if one of our own strategies failed.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.quick and options.write_docs:
+        parser.error("--write-docs takes the figures of a full run, not of --quick")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.load:
+        results = load(options.load)
+    else:
+        problems = [PROBLEMS[name] for name in options.problems or PROBLEMS]
+        problems = [quick(problem) for problem in problems] if options.quick else problems
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the peers' own, about torch's newer ways
+            results = run_suite(problems, options.peers, options.rounds, options.quick, _progress)
+        save(results, options.out)
+    print(plain(results))
+    if options.write_docs:
+        save(results, RESULTS)
+        write_atomically(PAGE, markdown(results))
+    records = [record for problem in results["problems"] for record in problem["records"]]
+    return int(any(r["peer"].startswith("ours/") and r["refused"] for r in records))
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Time, memory, evaluations and gradient error of this library and its peers.",
+    )
+    add = parser.add_argument
+    add(
+        "problems",
+        nargs="*",
+        metavar="problem",
+        type=_problem,
+        help=f"of {', '.join(PROBLEMS)}; default all",
+    )
+    add(
+        "--peers",
+        nargs="+",
+        type=_peers,
+        action=_Flatten,
+        default=list(PEERS.values()),
+        metavar="PATTERN",
+        help=f"names or patterns such as 'ours/*'; {BASELINE} is always among them",
+    )
+    add("--rounds", type=_positive, help="timed rounds; default: each problem's own number")
+    add("--threads", type=_positive, help="threads of torch; default: torch's choice")
+    add(
+        "--quick",
+        action="store_true",
+        help="small problems and few rounds, to see that everything runs",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=ROOT / "runs" / "benchmarks.json",
+        metavar="FILE",
+        help="JSON to write",
+    )
+    add(
+        "--load",
+        type=Path,
+        metavar="FILE",
+        help="print the tables of this JSON instead of measuring",
+    )
+    add(
+        "--write-docs",
+        action="store_true",
+        help=f"write {RESULTS.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}",
+    )
+    return parser
+
+
+def _problem(name: str) -> str:
+    if name not in PROBLEMS:
+        raise argparse.ArgumentTypeError(f"no problem {name!r}; there are {', '.join(PROBLEMS)}")
+    return name
+
+
+def _peers(pattern: str) -> list[Peer]:
+    found = [peer for name, peer in PEERS.items() if fnmatch.fnmatch(name, pattern)]
+    if not found:
+        raise argparse.ArgumentTypeError(
+            f"no peer matches {pattern!r}; there are {', '.join(PEERS)}"
+        )
+    return found
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
+class _Flatten(argparse.Action):
+    """Joins the peers of all patterns and the baseline, in the order of the tables."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        assert isinstance(values, list)
+        names = {BASELINE, *(peer.name for peers in values for peer in peers)}
+        setattr(namespace, self.dest, [peer for name, peer in PEERS.items() if name in names])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

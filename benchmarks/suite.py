@@ -1,0 +1,164 @@
+"""Runs peers on problems and gathers the figures as plain data."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import symplectic_adjoint as sa
+from benchmarks.measure import Record, examine, gradient, interleave, resident_growth
+from benchmarks.peers import Peer
+from benchmarks.problems import Problem
+
+Report = Callable[[str], None]
+
+
+def run_suite(
+    problems: Sequence[Problem],
+    peers: Sequence[Peer],
+    rounds: int | None,
+    quick: bool,
+    report: Report,
+) -> dict[str, Any]:
+    """Measures every peer on every problem.
+
+    Args:
+        problems: What is solved.
+        peers: Who solves it.
+        rounds: Timed rounds; None takes each problem's own number.
+        quick: Recorded with the figures; also leaves out the figures that need a process each.
+        report: Told the progress.
+
+    Returns:
+        The results as JSON has them.
+    """
+    return {
+        "quick": quick,
+        "when": datetime.date.today().isoformat(),
+        "machine": machine(peers),
+        "problems": [
+            {
+                "name": problem.name,
+                "title": describe(problem),
+                "rounds": rounds or problem.rounds,
+                "records": [
+                    record.as_json()
+                    for record in measure(problem, peers, rounds or problem.rounds, quick, report)
+                ],
+            }
+            for problem in problems
+        ],
+    }
+
+
+def measure(
+    problem: Problem, peers: Sequence[Peer], rounds: int, quick: bool, report: Report
+) -> list[Record]:
+    """The records of all peers on one problem; who cannot run it has the reason in its record."""
+    truth = ode_gradient(problem)
+    records = {peer.name: Record(peer.name, refused=peer.refuses(problem)) for peer in peers}
+    able = [peer for peer in peers if records[peer.name].refused is None]
+    for peer in able:
+        report(f"{problem.name}: {peer.name}")
+        try:
+            records[peer.name] = examine(peer, problem, truth)
+        except Exception as error:  # a peer's defect is a finding, not the end of the run
+            reason = " ".join(str(error).split())
+            records[peer.name].refused = f"fails: {type(error).__name__}: {reason}"
+    able = [peer for peer in able if records[peer.name].refused is None]
+    if problem.steps is not None and not quick:
+        for peer in able:
+            report(f"{problem.name}: {peer.name}, resident memory")
+            records[peer.name].resident = resident_growth(peer, problem)
+    bounds = {}
+    for peer in able:
+        instance = problem.instance()
+        bounds[peer.name] = (instance, peer.bind(instance))
+    times = interleave(bounds, rounds, lambda text: report(f"{problem.name}: {text}"))
+    for name, seconds in times.items():
+        records[name].seconds = seconds
+    return list(records.values())
+
+
+def ode_gradient(problem: Problem) -> Tensor:
+    """The gradient of the ODE itself, near enough: float64, dopri5, rtol 1e-11, autograd."""
+    instance = problem.instance(torch.float64)
+    t = torch.tensor([0.0, problem.t1], dtype=torch.float64)
+
+    def forward() -> Tensor:
+        solution = sa.solve(
+            instance.field, instance.y0, t, rtol=1e-11, atol=1e-13, gradient="backprop"
+        )
+        final: Tensor = solution.y[-1]
+        return final
+
+    return gradient(instance, forward)
+
+
+def describe(problem: Problem) -> str:
+    """The problem in one line."""
+    sizes = "-".join(map(str, problem.sizes))
+    how = (
+        f"{problem.method}, rtol {problem.rtol:g}, atol {problem.atol:g}"
+        if problem.steps is None
+        else f"{problem.steps} fixed steps of {problem.method}"
+    )
+    size = f"batch {problem.batch}, {sizes} tanh, T = {problem.t1:g}"
+    return f"{problem.summary}; {size}, {how}, float32"
+
+
+def machine(peers: Iterable[Peer]) -> dict[str, Any]:
+    """What the figures were taken on and with."""
+    packages = {"torch", *(peer.package for peer in peers)} - {"symplectic-adjoint"}
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in sorted(packages, key=str.lower)},
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that it is never seen half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        half.write_text(text, encoding="utf-8")
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def save(results: dict[str, Any], path: Path) -> None:
+    """Writes results as JSON."""
+    write_atomically(path, json.dumps(results, indent=1) + "\n")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads what :func:`save` wrote."""
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return results

@@ -1,0 +1,205 @@
+"""The results as text: plain for the terminal, Markdown for the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.measure import Record, time_ratio
+from benchmarks.peers import BASELINE
+from benchmarks.targets import outcomes, ratio
+
+_HEAD = (
+    "peer",
+    "time",
+    "x",
+    "paired x",
+    "peak",
+    "x",
+    "resident",
+    "steps",
+    "evaluations",
+    "products",
+    "error",
+    "in float64",
+    "to the ODE",
+)
+_TARGET_HEAD = ("problem", "quantity", "of", "target", "figure", "")
+
+
+def plain(results: dict[str, Any]) -> str:
+    """All tables for the terminal."""
+    parts = [_conditions(results)]
+    for problem in results["problems"]:
+        records = _records(problem)
+        parts.append(f"{problem['name']}: {problem['title']} ({problem['rounds']} rounds)")
+        parts.append(_plain_table(_HEAD, _rows(records)))
+        parts += [f"  {note}" for note in _notes(records)]
+    parts.append(_plain_table(_TARGET_HEAD, _target_rows(results)))
+    return "\n\n".join(parts)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The page of the documentation."""
+    parts = [_INTRODUCTION, "## Targets", _markdown_table(_TARGET_HEAD, _target_rows(results))]
+    parts.append(_conditions(results))
+    for problem in results["problems"]:
+        records = _records(problem)
+        parts.append(f"## {problem['name']}")
+        parts.append(
+            f"{problem['title'][0].upper()}{problem['title'][1:]}; {problem['rounds']} rounds."
+        )
+        parts.append(_markdown_table(_HEAD, _rows(records)))
+        parts.append("\n".join(f"- {note}" for note in _notes(records)))
+    parts.append(_METHOD)
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _records(problem: dict[str, Any]) -> dict[str, Record]:
+    return {record["peer"]: Record(**record) for record in problem["records"]}
+
+
+def _rows(records: dict[str, Record]) -> list[tuple[str, ...]]:
+    baseline = records.get(BASELINE)
+    if baseline is None or baseline.refused is not None:
+        baseline = Record(BASELINE)
+    return [_row(record, baseline) for record in records.values() if record.refused is None]
+
+
+def _row(record: Record, baseline: Record) -> tuple[str, ...]:
+    paired = time_ratio(record, baseline) if baseline.seconds else None
+    return (
+        record.peer,
+        _seconds(record.time),
+        _number(ratio(record.time, baseline.time), ".2f"),
+        _number(paired, ".2f"),
+        _bytes(record.peak),
+        _number(ratio(record.peak, baseline.peak), ".3f"),
+        _bytes(record.resident),
+        _number(record.steps, "d"),
+        f"{record.forward} + {record.backward}",
+        _number(record.products, "d"),
+        _number(record.error, ".1e"),
+        _number(record.error_float64, ".1e"),
+        _number(record.error_ode, ".1e"),
+    )
+
+
+def _notes(records: dict[str, Record]) -> list[str]:
+    notes = [f"{r.peer}: {r.remark}." for r in records.values() if r.refused is None and r.remark]
+    return notes + [f"{r.peer}: not measured, {r.refused}." for r in records.values() if r.refused]
+
+
+def _target_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            problem["name"],
+            outcome.target.quantity,
+            outcome.target.peer,
+            f"<= {outcome.target.bound:g}",
+            _number(outcome.figure, ".3f"),
+            outcome.verdict,
+        )
+        for problem in results["problems"]
+        for outcome in outcomes(problem["name"], _records(problem))
+    ]
+
+
+def _conditions(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    found = {name: version for name, version in machine["packages"].items() if version}
+    parts = [
+        "Quick run on small problems" if results["quick"] else None,
+        machine["processor"],
+        f"{machine['cores']} cores",
+        f"{machine['threads']} threads of torch",
+        f"Python {machine['python']}",
+        *(f"{name} {version}" for name, version in found.items()),
+        results["when"],
+    ]
+    return ", ".join(part for part in parts if part) + "."
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _bytes(value: int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value / 1e3:.0f} kB" if value < 1e6 else f"{value / 1e6:.1f} MB"
+
+
+def _plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = []
+    for row in (head, *rows):
+        first, *others = (f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([f"{first.strip():<{widths[0]}}", *others]))
+    return "\n".join(lines)
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = [":--", *["--:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
+
+
+_INTRODUCTION = """\
+<!-- Written by `python -m benchmarks --write-docs`; its text is in benchmarks/tables.py. -->
+
+# Benchmarks
+
+This library under each of its gradient strategies, and the packages that do the same job, on three
+problems: one bound by overhead, one by arithmetic, one by memory. Every figure on this page was
+printed by
+
+```
+python -m benchmarks --write-docs
+```
+
+with the extra `bench` installed; anyone can run it again."""
+
+_METHOD = f"""\
+## How it is measured
+
+Time
+:   Seconds of one forward solve, loss (mean square of the final state) and backward pass: the
+    median of rounds in which all peers of a table run one after the other in one process, each
+    round beginning one peer further. "x" is the ratio of the medians to that of {BASELINE}, "paired
+    x" the median of the ratios within the rounds.
+
+Peak
+:   The largest number of bytes that tensors held at one time during forward and backward, above
+    what was live before: the allocator's own events, read by `symplectic_adjoint.peak_memory`. The
+    gradients themselves count; parameters and initial states, live before, do not.
+
+Resident
+:   By how much forward and backward raised the peak resident memory of a fresh process.
+
+Evaluations, products
+:   Calls of the network in the forward + backward pass, and vector-Jacobian products through it,
+    both counted by the network itself. Rejected steps and the choice of the first step are
+    included.
+
+Error
+:   Relative L2 error of the float32 gradient of all parameters against the exact gradient of the
+    computed solution. For this library the exact gradient is plain autograd in float64 over the
+    very steps that were accepted. For zuko it is the same with its own step function. torchdiffeq,
+    torchode and TorchDiffEqPack do not take a list of steps: their reference is autograd through
+    their own solver in float64, which may choose other steps, so their column holds the difference
+    of the steps as well.
+
+In float64
+:   The same error when the solve itself runs in float64: what is left is rounding where a method is
+    exact.
+
+To the ODE
+:   The error of the float32 gradient against the gradient of the differential equation (float64,
+    dopri5, rtol 1e-11): the error of the discretisation, which no way of differentiating can avoid,
+    and all others."""
