@@ -60,7 +60,7 @@ def strategies() -> str:
 def compare_help() -> str:
     """What ``symplectic-adjoint compare --help`` prints."""
     command = [str(Path(sys.executable).with_name("symplectic-adjoint")), "compare", "--help"]
-    plain = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    plain = {**os.environ, "COLUMNS": "86", "NO_COLOR": "1", "TERM": "dumb"}
     result = subprocess.run(command, env=plain, capture_output=True, text=True, check=True)
     return f"```text\n{result.stdout.strip()}\n```"
 
