@@ -5,10 +5,12 @@ A page asks for a text with a line ``<!-- generated: NAME -->``; :data:`GENERATO
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
@@ -57,8 +59,9 @@ def strategies() -> str:
 
 def compare_help() -> str:
     """What ``symplectic-adjoint compare --help`` prints."""
-    command = [sys.executable, "-m", "symplectic_adjoint.cli", "compare", "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [str(Path(sys.executable).with_name("symplectic-adjoint")), "compare", "--help"]
+    plain = {**os.environ, "COLUMNS": "86", "NO_COLOR": "1", "TERM": "dumb"}
+    result = subprocess.run(command, env=plain, capture_output=True, text=True, check=True)
     return f"```text\n{result.stdout.strip()}\n```"
 
 

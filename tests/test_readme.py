@@ -4,6 +4,7 @@ import re
 
 import torch
 
+from symplectic_adjoint import gradients
 from tests import markdown
 
 README = markdown.ROOT / "README.md"
@@ -26,3 +27,11 @@ def test_example_is_about_ten_lines() -> None:
 def test_links_to_files_lead_somewhere() -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", README.read_text(encoding="utf-8")):
         assert (markdown.ROOT / target).exists(), target
+
+
+def test_table_names_every_strategy() -> None:
+    text = README.read_text(encoding="utf-8")
+    for name in gradients.names():
+        row = re.search(rf'^\| `"{name}"` \| (yes|no)\b', text, re.MULTILINE)
+        assert row is not None, name
+        assert (row[1] == "yes") == gradients.get(name).exact
