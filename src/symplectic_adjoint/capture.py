@@ -183,7 +183,7 @@ class Capture:
         return bool(new)
 
     def _describe(self, tensor: Tensor) -> str:
-        named = zip([*self.names, *self._scripted], [*self.tensors, *self._scripted.values()])
+        named = [*zip(self.names, self.tensors, strict=True), *self._scripted.items()]
         names = [name for name, x in named if x is tensor]
         return f"{' '.join(names[:1])} ({tensor.dtype} of shape {tuple(tensor.shape)})".strip()
 

@@ -7,6 +7,7 @@ was computed on the frozen grid.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,7 +106,7 @@ def _replay(
     direction = 1.0 if nodes[-1] > nodes[0] else -1.0
     outputs, waiting = [leaves], times[1:]
     state = step.start(field, nodes[0], leaves)
-    for t, t1 in zip(nodes, nodes[1:], strict=False):
+    for t, t1 in itertools.pairwise(nodes):
         h = t1 - t
         state, inside = step.take(field, state, t, h)
         while waiting and (waiting[0].detach() - t1.detach()).item() * direction <= 0:

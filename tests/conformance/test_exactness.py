@@ -7,6 +7,7 @@ with the package but the coefficients of the methods.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -142,7 +143,7 @@ def test_a_constructed_grid_hands_its_gradient_to_t(method: str, strategy: Strat
     sol = solve(case, method, strategy, sa.FixedGrid(grid_constructor=halved))
 
     def nodes(t: Sequence[Tensor]) -> list[Tensor]:
-        middles = [(a + b) / 2 for a, b in zip(t, t[1:], strict=False)]
+        middles = [(a + b) / 2 for a, b in itertools.pairwise(t)]
         return [x for pair in zip(t, middles, strict=False) for x in pair] + [t[-1]]
 
     assert_equal(case, sol, replayed(case, method, nodes))
@@ -281,9 +282,7 @@ def test_gradient_equals_that_of_autograd_on_drawn_problems(
     nodes = reference.uniform_nodes if fixed else reference.adaptive_nodes
     split = reference.Split(case.func, case.params)
     t = list(case.t)
-    y = reference.frozen(
-        steppers.get(method), split, case.y0, nodes(sol.steps, t), t, case.args
-    )
+    y = reference.frozen(steppers.get(method), split, case.y0, nodes(sol.steps, t), t, case.args)
     sizes = split.sizes(problems.loss(y))
     got, wanted = case.gradients(sol.y), case.gradients(y)
     for name, right in wanted.items():

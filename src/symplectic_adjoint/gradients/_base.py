@@ -144,7 +144,12 @@ class Strategy:
             )
 
     def forward_field(
-        self, func: Any, like: Tensor, aliases: Sequence[Tensor], capture: Capture | None, time: bool
+        self,
+        func: Any,
+        like: Tensor,
+        aliases: Sequence[Tensor],
+        capture: Capture | None,
+        time: bool,
     ) -> DetachedField:
         """The field of the forward pass; ``time`` says whether times need gradients."""
         return DetachedField(func, like, aliases, capture)

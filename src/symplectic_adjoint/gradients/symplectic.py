@@ -55,7 +55,12 @@ class Symplectic(Strategy):
             raise UnknownNameError("accumulate", self.accumulate, _SUMS)
 
     def forward_field(
-        self, func: Any, like: Tensor, aliases: Sequence[Tensor], capture: Capture | None, time: bool
+        self,
+        func: Any,
+        like: Tensor,
+        aliases: Sequence[Tensor],
+        capture: Capture | None,
+        time: bool,
     ) -> DetachedField:
         if self.store == "graph":
             return LeafField(func, like, aliases, capture, time)
