@@ -143,8 +143,9 @@ class _AdjointSolve:
         wanted = [graph.x, *self.aliases, *([graph.t] if self.wants_time else [])]
         if not graph.k.requires_grad:
             return self._pack([graph.k, *(torch.zeros_like(x) for x in wanted)])
-        grads: tuple[Tensor | None, ...]
-        grads = torch.autograd.grad(graph.k, wanted, -lam, allow_unused=True)
+        grads: list[Tensor | None] = [
+            *torch.autograd.grad(graph.k, wanted, -lam, allow_unused=True)
+        ]
         self.used |= {i for i, grad in enumerate(grads[1:]) if grad is not None}
         pairs = zip(grads, wanted, strict=True)
         return self._pack([graph.k, *(torch.zeros_like(x) if g is None else g for g, x in pairs)])
