@@ -48,7 +48,7 @@ class Field(nn.Module):
             if self.evaluations > self.limit:
                 raise TooManyEvaluationsError(f"gave up after {self.limit} evaluations")
             if out.requires_grad:
-                out.register_hook(self._count_product)  # type: ignore[no-untyped-call]
+                out.register_hook(self._count_product)
         return out
 
     def _count_product(self, grad: Tensor) -> None:

@@ -28,7 +28,8 @@ _SUMS: dict[str, type[InPlace]] = {
 class Symplectic(Strategy):
     """Transposes each step stage by stage, with one network evaluation on the tape at a time.
 
-    Matsubara, Miyatake, Yaguchi 2024, doi 10.1109/TNNLS.2023.3242345, algorithm 1.
+    Matsubara, Miyatake, Yaguchi 2021, arXiv 2102.09750, algorithms 1 and 2; 2024, doi
+    10.1109/TNNLS.2023.3242345.
 
     Attributes:
         store: ``"steps"`` keeps the state at each step, as in the paper, and computes the stages

@@ -16,8 +16,8 @@ node,
     lam'    = sum_i v_i + sum g,    mu' = kappa_0.
 
 This is the symplectic partner of the method (Matsubara, Miyatake, Yaguchi 2024, doi
-10.1109/TNNLS.2023.3242345, eqs. (12)-(14)) multiplied by ``h b_i``, which needs neither a division
-nor a special case where ``b_i = 0``: ``Lambda_i = kappa_i / (h b_i)``.
+10.1109/TNNLS.2023.3242345) multiplied by ``h b_i``: with ``Lambda_i`` its stages, ``kappa_i = h b_i
+Lambda_i``. So it needs neither a division nor a special case where ``b_i = 0``.
 """
 
 from __future__ import annotations
