@@ -254,7 +254,7 @@ class DetachedField(Field):
         graph = stage.graph or self.graph(stage, wants_time)
         stage.graph = None
         if graph.k.requires_grad:
-            torch.autograd.backward(graph.k, cotangent)
+            _accumulate(graph.k, cotangent)
             self.sums.collect()
         v = graph.x.grad
         return Pullback(
@@ -269,6 +269,16 @@ class DetachedField(Field):
             return StageGraph(t, x, self.call(t, x))
         with stage.token.restored():
             return StageGraph(t, x, self.call(t, x))
+
+
+def _accumulate(output: Tensor, cotangent: Tensor) -> None:
+    """``torch.autograd.backward`` without its checks of shapes, which hold here.
+
+    They take a third of the time of a small network's product.
+    """
+    torch.autograd.Variable._execution_engine.run_backward(
+        (output,), (cotangent,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 class LeafField(DetachedField):

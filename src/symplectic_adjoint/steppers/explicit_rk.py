@@ -275,19 +275,16 @@ class _Transpose:
 
     def kappa(self, i: int) -> Tensor | None:
         """The cotangent that this step puts on ``k_i``."""
-        terms = [
-            (weight, v)
-            for weight, row in self.method.columns[i]
-            if row < len(self.v) and (v := self.v[row]) is not None
-        ]
-        if i in self.shares:
-            terms.append((1.0, self.shares[i]))
-        if not terms:
-            return None
-        (weight, v), *rest = terms
-        kappa = torch.mul(v, self.h * weight)
-        for weight, v in rest:
-            kappa.add_(v, alpha=self.h * weight)
+        share = self.shares.get(i)
+        kappa = None if share is None else share * self.h
+        for weight, row in self.method.columns[i]:
+            v = self.v[row] if row < len(self.v) else None
+            if v is None:
+                continue
+            if kappa is None:
+                kappa = torch.mul(v, self.h * weight)
+            else:
+                kappa.add_(v, alpha=self.h * weight)
         return kappa
 
     def pull(self, i: int, kappa: Tensor | None) -> Tensor | None:
