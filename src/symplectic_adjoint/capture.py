@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from symplectic_adjoint._errors import CaptureError
+from symplectic_adjoint._errors import ArgumentError, CaptureError
 
 _SUBSTITUTION = threading.RLock()
 """Held while aliases stand in the slots, since these are shared by all threads."""
@@ -79,7 +79,7 @@ class Capture:
 
     Attributes:
         tensors: Each such tensor once, however many slots hold it.
-        names: A readable path to each.
+        names: A readable path to each; empty where it was found by its use alone.
     """
 
     def __init__(self, func: Any, args: Any = (), only: Sequence[Tensor] | None = None) -> None:
@@ -89,7 +89,12 @@ class Capture:
             func: Any callable.
             args: Extra arguments (any containers); their tensors are found, too.
             only: When given, all other tensors are constants.
+
+        Raises:
+            ArgumentError: ``only`` is no sequence of tensors.
         """
+        if only is not None:
+            only = _listed(only)
         self.tensors: list[Tensor] = []
         self.names: list[str] = []
         self._slots: list[list[_Slot]] = []
@@ -107,6 +112,11 @@ class Capture:
         for tensor in only or ():
             if id(tensor) not in self._index:
                 self._add(tensor, "params", None)
+
+    @property
+    def restricted(self) -> bool:
+        """Whether all but some listed tensors are constants."""
+        return self._only is not None
 
     def _add(self, tensor: Tensor, name: str, slot: _Slot | None) -> None:
         if self._only is not None and id(tensor) not in self._only:
@@ -146,7 +156,7 @@ class Capture:
             yield
 
     def discover(self, evaluate: Callable[[], Tensor], known: Iterable[Tensor]) -> bool:
-        """Evaluate once more, watching for tensors that require grad and come from outside.
+        """Evaluate again, twice, watching for tensors that require grad and come from outside.
 
         What is found is replaced by identity from the next ``substituted`` on.
 
@@ -160,11 +170,16 @@ class Capture:
         Raises:
             CaptureError: The result depends on a tensor that no torch function received.
         """
+        known = list(known)
+        with _Watch(known) as before:
+            evaluate()
         with _Watch(known) as watch:
             output = evaluate()
         replaced = {id(self.tensors[i]) for i in self._by_identity}
         replaced |= {id(x) for x in self._hidden_constants}
-        new = [x for x in watch.found if id(x) not in replaced]
+        # What an evaluation makes itself is another tensor each time.
+        outside = {id(x) for x in before.found} - replaced
+        new = [x for x in watch.found if id(x) in outside]
         reached = graph_leaves(output, {(x.grad_fn, x.output_nr) for x in new})
         hidden = [x for x in reached if id(x) not in watch.known or id(x) in replaced]
         if hidden:
@@ -177,15 +192,26 @@ class Capture:
             )
         for tensor in new:
             if self._only is None or id(tensor) in self._only:
-                self._add(tensor, f"a tensor of shape {tuple(tensor.shape)}", None)
+                self._add(tensor, "", None)
             else:
                 self._hidden_constants.append(tensor)
         return bool(new)
 
     def _describe(self, tensor: Tensor) -> str:
+        kind = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
         named = [*zip(self.names, self.tensors, strict=True), *self._scripted.items()]
-        names = [name for name, x in named if x is tensor]
-        return f"{' '.join(names[:1])} ({tensor.dtype} of shape {tuple(tensor.shape)})".strip()
+        names = [name for name, x in named if x is tensor and name]
+        return f"{names[0]} ({kind})" if names else kind
+
+
+def _listed(params: Any) -> list[Tensor]:
+    tensors = None if isinstance(params, Tensor) else list(params)
+    if tensors is None or not all(isinstance(x, Tensor) for x in tensors):
+        raise ArgumentError(
+            f"params must be a sequence of tensors, but is {type(params).__name__}; give a list, "
+            "e.g. list(module.parameters())"
+        )
+    return tensors
 
 
 def _swap(undo: contextlib.ExitStack, slot: _Slot, value: Any) -> None:
@@ -265,10 +291,23 @@ class _Walk:
         if _is_users(type(module)) and isinstance(forward, types.FunctionType):
             self.visit(forward, name)
 
+    def _made_of(self, owner: nn.Module, make: Callable[[], Tensor]) -> Tensor:
+        """A weight made of ``owner``'s parameters; it stands for those that are listed."""
+        only = self.capture._only
+        with contextlib.ExitStack() as undo:
+            for part in owner.modules() if only is not None else ():
+                for key, x in part._parameters.items():
+                    if x is not None and id(x) not in (only or ()):
+                        _swap(undo, _Slot(part._parameters, key), x.detach())
+            value = make()
+        if only is not None and value.requires_grad:
+            only.add(id(value))
+        return value
+
     def _parametrized(self, module: nn.Module, name: str) -> None:
         lists: Any = module.parametrizations
         for key in list(lists._modules):
-            value = getattr(module, key)
+            value = self._made_of(lists[key], functools.partial(getattr, module, key))
             fixed = _Fixed(value)
             self.capture._fix(_Slot(lists._modules, key), fixed)
             self.capture._add(value, f"{name}.{key}", _Slot(fixed.__dict__, "value"))
@@ -278,7 +317,7 @@ class _Walk:
         hooks: Any = module._forward_pre_hooks
         for key, hook in list(hooks.items()):
             if type(hook).__module__ in _WEIGHT_HOOKS:
-                hook(module, None)
+                self._made_of(module, functools.partial(_hooked, hook, module))
                 self.capture._fix(_Slot(hooks, key), _no_hook)
 
     def _container(self, obj: Any, name: str) -> None:
@@ -320,6 +359,13 @@ _LONG = 4096
 """Longer containers hold data; a tensor that func takes from one is found when it is used."""
 
 _WEIGHT_HOOKS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
+
+
+def _hooked(hook: Any, module: nn.Module) -> Tensor:
+    """The weight that a hook assigns."""
+    hook(module, None)
+    weight: Tensor = getattr(module, hook.name)
+    return weight
 
 
 def _no_hook(module: nn.Module, inputs: Any) -> None:

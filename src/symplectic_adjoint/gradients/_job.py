@@ -19,6 +19,7 @@ from symplectic_adjoint.gradients._base import Counts, Record, Strategy
 from symplectic_adjoint.gradients._dense import GraphDense, RecordedDense
 from symplectic_adjoint.gradients._function import Autocast, Tape, attach
 from symplectic_adjoint.gradients.backprop import Backprop
+from symplectic_adjoint.gradients.checkpoint import Checkpoint
 from symplectic_adjoint.gradients.symplectic import Symplectic
 from symplectic_adjoint.loop import Outputs, OutputTimes, Run, SolveShape, Stats, integrate, run
 from symplectic_adjoint.problem import Problem
@@ -97,8 +98,14 @@ def execute(job: Job) -> tuple[Solution, SolveError | None]:
         The solution as far as it is valid, and why it is no longer.
     """
     before = RandomState(job.problem.y0.device)
+    explored = not (_plain_autograd(job) and job.capture.restricted)
     while True:
         try:
+            if not explored:
+                # Backprop alone would not notice a tensor that must be made a constant.
+                _recorded(replace(job, strategy=Checkpoint(), report=None, keep_dense=False))
+                explored = True
+                before.set()
             return _backprop(job) if _plain_autograd(job) else _recorded(job)
         except Rediscovered:
             before.set()
