@@ -126,6 +126,7 @@ def integrate(
             state, t = stepper.end(step), t1
         else:
             stats.rejected += 1
+        del step  # so that its stages are freed before the next ones are made
 
 
 class Outputs(NamedTuple):
@@ -224,7 +225,7 @@ def run(
     result = Run([as_float(state.t)], end=state)
     writer = _GraphWriter(state.y) if graph else _Writer(state.y, len(output_times.times))
     try:
-        for n, step in enumerate(steps):
+        for step in steps:
             t1 = as_float(step.t1)
             outputs = output_times.take(t1)
             if outputs.dense:
@@ -232,12 +233,13 @@ def run(
                 writer.write(outputs.first, stepper.interpolate(field, step, theta))
             if outputs.hit is not None:
                 writer.write(outputs.hit, step.y1.unsqueeze(0))
-            keep(n, step, outputs)
+            keep(len(result.outputs), step, outputs)
             result.nodes.append(t1)
             result.outputs.append(outputs)
             result.end = stepper.end(step)
             if report is not None:
                 report(t1)
+            del step
     except SolveError as error:
         result.error = error
     result.y = writer.result(output_times.next)

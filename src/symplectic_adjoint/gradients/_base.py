@@ -191,6 +191,7 @@ def stagewise(sweep: Sweep, step_at: Callable[[int, Any], Any]) -> Tensor:
         step = step_at(n, end)
         cotangent = stepper.transpose(sweep.reversal, n, step, cotangent, sweep.dense(n))
         end = step.start
+        del step  # so that its stages are freed before the next ones are computed again
     tokens = sweep.records[0].saved.tokens if sweep.records else ()
     begin = stepper.resume(sweep.nodes[0], (sweep.y0,), tokens[0] if tokens else None)
     begin.node.graph = end.node.graph

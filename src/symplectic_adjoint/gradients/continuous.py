@@ -128,6 +128,7 @@ class _AdjointSolve:
             pace = GridPace(self._grid(start, end))
         for step in integrate(field, self.stepper, pace, state, end, {}, sweep.own):
             z = step.y1
+            del step
         return z
 
     def _grid(self, start: float, end: float) -> list[float]:

@@ -86,7 +86,10 @@ class Symplectic(Strategy):
             step = sweep.stepper.load(sweep.field, *nodes, record.saved, end, dense)
             if self.store == "steps":
                 sweep.field.linearize(True)
-            for stage, graph in zip(sweep.stepper.stages(step), record.graphs, strict=False):
+            stages = sweep.stepper.stages(step)
+            for stage in stages[1:]:
+                stage.k = None  # has served to find the points, and is not needed any more
+            for stage, graph in zip(stages, record.graphs, strict=False):
                 stage.graph = stage.graph or graph
             record.graphs = ()
             return step
