@@ -80,16 +80,17 @@ def test_the_field_counts_its_evaluations_and_products() -> None:
         instance.field(t, instance.y0)
     y = instance.field(t, instance.field(t, instance.y0))
     instance.field(t, y)  # on the tape, but the loss does not depend on it
-    instance.loss(y).backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(instance.loss(y))
     assert (instance.field.evaluations, instance.field.products) == (4, 2)
 
 
 def test_a_solve_without_end_is_stopped() -> None:
     instance = SPIRAL.instance(counting=True)
     instance.field.limit = 10
+    for _ in range(10):
+        instance.field(torch.tensor(0.0), instance.y0)
     with pytest.raises(TooManyEvaluationsError, match="gave up after 10"):
-        while True:
-            instance.field(torch.tensor(0.0), instance.y0)
+        instance.field(torch.tensor(0.0), instance.y0)
 
 
 # One peer ------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ def test_what_the_network_counts_is_what_the_solution_reports(strategy: str) -> 
         atol=tolerances[1],
         gradient=gradient,
     )
-    instance.loss(solution.y[-1]).backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(instance.loss(solution.y[-1]))
     stats = solution.stats
     assert found.steps == stats.accepted
     assert found.forward == stats.evaluations
@@ -246,7 +247,7 @@ def results(record: Record) -> dict[str, Any]:
 def test_tables_show_gaps_as_dashes_and_name_who_did_not_run() -> None:
     full = results(record("ours/aca"))
     row = next(line for line in tables.plain(full).splitlines() if line.startswith("ours/aca"))
-    assert row.split() == "ours/aca 1.00 s - - 100 B - - - - - - - -".split()
+    assert " ".join(row.split()) == "ours/aca 1.00 s - - 100 B - - - - - - - -"
     assert "| ours/aca | 1.00 s |" in tables.markdown(full)
     refused = results(Record("zuko/adjoint", refused="zuko is not installed"))
     for text in (tables.plain(refused), tables.markdown(refused)):
