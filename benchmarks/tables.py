@@ -12,10 +12,10 @@ from benchmarks.targets import outcomes, ratio
 _HEAD = (
     "peer",
     "time",
-    "x",
-    "paired x",
+    "time ratio",
+    "paired ratio",
     "peak",
-    "x",
+    "peak ratio",
     "resident",
     "steps",
     "evaluations",
@@ -24,7 +24,7 @@ _HEAD = (
     "in float64",
     "to the ODE",
 )
-_TARGET_HEAD = ("problem", "quantity", "of", "target", "figure", "")
+_TARGET_HEAD = ("problem", "ratio of", "peer", "target", "figure", "verdict")
 
 
 def plain(results: dict[str, Any]) -> str:
@@ -35,7 +35,8 @@ def plain(results: dict[str, Any]) -> str:
         parts.append(f"{problem['name']}: {problem['title']} ({problem['rounds']} rounds)")
         parts.append(_plain_table(_HEAD, _rows(records)))
         parts += [f"  {note}" for note in _notes(records)]
-    parts.append(_plain_table(_TARGET_HEAD, _target_rows(results)))
+    if not results["quick"]:  # the targets are about the full problems
+        parts.append(_plain_table(_TARGET_HEAD, _target_rows(results)))
     return "\n\n".join(parts)
 
 
@@ -77,7 +78,7 @@ def _row(record: Record, baseline: Record) -> tuple[str, ...]:
         _number(ratio(record.peak, baseline.peak), ".3f"),
         _bytes(record.resident),
         _number(record.steps, "d"),
-        f"{record.forward} + {record.backward}",
+        "-" if record.forward is None else f"{record.forward} + {record.backward}",
         _number(record.products, "d"),
         _number(record.error, ".1e"),
         _number(record.error_float64, ".1e"),
@@ -133,6 +134,8 @@ def _seconds(value: float | None) -> str:
 def _bytes(value: int | None) -> str:
     if value is None:
         return "-"
+    if value < 1e3:
+        return f"{value} B"
     return f"{value / 1e3:.0f} kB" if value < 1e6 else f"{value / 1e6:.1f} MB"
 
 
@@ -168,38 +171,26 @@ with the extra `bench` installed; anyone can run it again."""
 _METHOD = f"""\
 ## How it is measured
 
-Time
-:   Seconds of one forward solve, loss (mean square of the final state) and backward pass: the
-    median of rounds in which all peers of a table run one after the other in one process, each
-    round beginning one peer further. "x" is the ratio of the medians to that of {BASELINE}, "paired
-    x" the median of the ratios within the rounds.
+**Time** is that of one forward solve, loss (mean square of the final state) and backward pass: the
+median of rounds in which all peers of a table run one after the other in one process, each round
+beginning one peer further. **Time ratio** divides it by the median of {BASELINE}; **paired ratio**
+is the median of the ratios within the rounds, which slow changes of the machine do not touch.
 
-Peak
-:   The largest number of bytes that tensors held at one time during forward and backward, above
-    what was live before: the allocator's own events, read by `symplectic_adjoint.peak_memory`. The
-    gradients themselves count; parameters and initial states, live before, do not.
+**Peak** is the largest number of bytes that tensors held at one time during forward and backward,
+above what was live before: the allocator's own events, read by `symplectic_adjoint.peak_memory`.
+Gradients count; parameters and initial states, live before, do not. **Resident** is by how much
+forward and backward raised the peak resident memory of a fresh process.
 
-Resident
-:   By how much forward and backward raised the peak resident memory of a fresh process.
+**Evaluations** are calls of the network in the forward + backward pass, and **products**
+vector-Jacobian products through it, both counted by the network itself. Rejected steps and the
+choice of the first step are included.
 
-Evaluations, products
-:   Calls of the network in the forward + backward pass, and vector-Jacobian products through it,
-    both counted by the network itself. Rejected steps and the choice of the first step are
-    included.
-
-Error
-:   Relative L2 error of the float32 gradient of all parameters against the exact gradient of the
-    computed solution. For this library the exact gradient is plain autograd in float64 over the
-    very steps that were accepted. For zuko it is the same with its own step function. torchdiffeq,
-    torchode and TorchDiffEqPack do not take a list of steps: their reference is autograd through
-    their own solver in float64, which may choose other steps, so their column holds the difference
-    of the steps as well.
-
-In float64
-:   The same error when the solve itself runs in float64: what is left is rounding where a method is
-    exact.
-
-To the ODE
-:   The error of the float32 gradient against the gradient of the differential equation (float64,
-    dopri5, rtol 1e-11): the error of the discretisation, which no way of differentiating can avoid,
-    and all others."""
+**Error** is the relative L2 error of the float32 gradient of all parameters against the exact
+gradient of the computed solution. For this library the exact gradient is plain autograd in float64
+over the very steps that were accepted. For zuko it is the same with its own step function.
+torchdiffeq, torchode and TorchDiffEqPack do not take a list of steps: their reference is autograd
+through their own solver in float64, which may choose other steps, so that their column holds the
+difference of the steps as well. **In float64** is the same error when the solve itself runs in
+float64: where a method is exact, only rounding is left. **To the ODE** is the error of the float32
+gradient against the gradient of the differential equation (float64, dopri5, rtol 1e-11): it holds
+the error of the discretisation, which no way of differentiating can avoid, and all others."""

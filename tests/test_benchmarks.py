@@ -1,0 +1,328 @@
+"""The benchmark command: what it counts, how it compares, what it writes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import symplectic_adjoint as sa
+from benchmarks import __main__ as command
+from benchmarks import measure, resident, suite, tables
+from benchmarks.measure import Record
+from benchmarks.peers import BASELINE, PEERS, Bound, Peer, zuko_peer
+from benchmarks.problems import PROBLEMS, Instance, Problem, TooManyEvaluationsError, quick
+from benchmarks.targets import TARGETS, Outcome, outcomes
+
+LONG = quick(PROBLEMS["long"])
+SPIRAL = quick(PROBLEMS["spiral"])
+
+
+class Stub(Peer):
+    """Euler steps of plain autograd, or whatever ``forward`` does."""
+
+    package = "torch"
+    reference_note = "itself"
+
+    def __init__(self, name: str, forward: Callable[[Instance], Tensor] | None = None) -> None:
+        self.name = name
+        self.body = forward or (lambda instance: self.euler(instance))
+
+    @staticmethod
+    def euler(instance: Instance) -> Tensor:
+        y = instance.y0
+        for _ in range(3):
+            y = y + 0.1 * instance.field(torch.tensor(0.0), y)
+        return y
+
+    def bind(self, instance: Instance) -> Bound:
+        return Bound(lambda: self.body(instance), steps=lambda: 3)
+
+    def reference(self, instance: Instance, grid: Tensor | None) -> Callable[[], Tensor]:
+        return self.bind(instance).forward
+
+
+def record(peer: str, *, peak: int = 100, seconds: list[float | None] | None = None) -> Record:
+    return Record(peer, peak=peak, seconds=seconds or [1.0, 1.0, 1.0])
+
+
+# Problems ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=lambda p: p.name)
+def test_every_instance_has_the_same_weights_and_states(problem: Problem) -> None:
+    first, again, double = problem.instance(), problem.instance(), problem.instance(torch.float64)
+    assert torch.equal(first.y0, again.y0)
+    assert torch.equal(first.y0, double.y0.float())
+    for p, q, d in zip(
+        first.field.parameters(), again.field.parameters(), double.field.parameters(), strict=True
+    ):
+        assert torch.equal(p, q)
+        assert torch.equal(p, d.float())
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=lambda p: p.name)
+def test_solutions_stay_bounded(problem: Problem) -> None:
+    instance = problem.instance()
+    t = torch.tensor([0.0, problem.t1])
+    with torch.no_grad():
+        y = sa.odeint(instance.field, instance.y0, t, rtol=1e-3, atol=1e-5)[-1]
+    assert y.abs().max() < 20
+
+
+def test_the_field_counts_its_evaluations_and_products() -> None:
+    instance = SPIRAL.instance(counting=True)
+    t = torch.tensor(0.0)
+    with torch.no_grad():
+        instance.field(t, instance.y0)
+    y = instance.field(t, instance.field(t, instance.y0))
+    instance.field(t, y)  # on the tape, but the loss does not depend on it
+    torch.autograd.backward(instance.loss(y))
+    assert (instance.field.evaluations, instance.field.products) == (4, 2)
+
+
+def test_a_solve_without_end_is_stopped() -> None:
+    instance = SPIRAL.instance(counting=True)
+    instance.field.limit = 10
+    for _ in range(10):
+        instance.field(torch.tensor(0.0), instance.y0)
+    with pytest.raises(TooManyEvaluationsError, match="gave up after 10"):
+        instance.field(torch.tensor(0.0), instance.y0)
+
+
+# One peer ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["symplectic-stages", "symplectic-steps", "aca", "mali"])
+def test_what_the_network_counts_is_what_the_solution_reports(strategy: str) -> None:
+    peer = PEERS[f"ours/{strategy}"]
+    found = measure.examine(peer, SPIRAL, suite.ode_gradient(SPIRAL))
+    gradient = {
+        "symplectic-stages": sa.Symplectic(store="stages"),
+        "symplectic-steps": sa.Symplectic(store="steps"),
+        "aca": sa.ACA(),
+        "mali": sa.MALI(),
+    }[strategy]
+    tolerances = (1e-3, 1e-5) if strategy == "mali" else (SPIRAL.rtol, SPIRAL.atol)
+    instance = SPIRAL.instance()
+    solution = sa.solve(
+        instance.field,
+        instance.y0,
+        torch.tensor([0.0, SPIRAL.t1]),
+        rtol=tolerances[0],
+        atol=tolerances[1],
+        gradient=gradient,
+    )
+    torch.autograd.backward(instance.loss(solution.y[-1]))
+    stats = solution.stats
+    assert found.steps == stats.accepted
+    assert found.forward == stats.evaluations
+    assert found.backward == stats.backward_evaluations
+    assert found.products == stats.products
+    assert found.error_float64 is not None
+    assert found.error_float64 < 1e-12
+    assert found.error is not None
+    assert found.error < 1e-5
+
+
+def test_the_installed_peers_agree_on_the_gradient() -> None:
+    truth = suite.ode_gradient(SPIRAL)
+    for peer in PEERS.values():
+        if peer.refuses(SPIRAL) is None and not peer.name.endswith("/mali"):
+            instance = SPIRAL.instance()
+            value = measure.gradient(instance, peer.bind(instance).forward)
+            assert measure.relative_error(value, truth) < 1e-4, peer.name
+
+
+def test_a_peer_that_is_not_installed_says_so() -> None:
+    peer = Stub("stub")
+    peer.package = "no-such-distribution"
+    assert peer.refuses(LONG) == "no-such-distribution is not installed"
+
+
+def test_a_peer_without_the_method_says_so() -> None:
+    assert PEERS["zuko/adjoint"].lacks(LONG) == "zuko has no rk4"
+    assert PEERS["zuko/adjoint"].lacks(SPIRAL) is None
+
+
+def test_accepted_times_are_read_off_the_evaluations() -> None:
+    def attempt(start: float, end: float) -> list[float]:
+        return [start, *[(start + end) / 2] * 5, end]
+
+    seen = attempt(0.0, 2.0) + attempt(0.0, 1.0) + attempt(1.0, 3.0) + attempt(1.0, 2.0)
+    assert zuko_peer._accepted(seen) == [0.0, 1.0, 2.0]
+
+
+def test_resident_memory_is_measured() -> None:
+    assert resident.peak_resident() > 10_000_000
+
+
+# All peers -----------------------------------------------------------------------------------
+
+
+def test_a_defect_of_a_peer_is_a_finding() -> None:
+    def broken(instance: Instance) -> Tensor:
+        raise ValueError("no\nsuch  thing")
+
+    records = suite.measure(
+        LONG, [Stub("works"), Stub("broken", broken)], 2, True, lambda text: None
+    )
+    works, fails = records
+    assert works.refused is None
+    assert works.error == pytest.approx(0, abs=1e-5)
+    assert works.error_float64 == 0
+    assert len(works.seconds) == 2
+    assert fails.refused == "fails: ValueError: no such thing"
+    assert fails.seconds == []
+
+
+def test_rounds_are_interleaved_and_begin_one_peer_further() -> None:
+    order: list[str] = []
+
+    def peer(name: str) -> tuple[Instance, Bound]:
+        def forward(instance: Instance) -> Tensor:
+            order.append(name)
+            return Stub.euler(instance)
+
+        instance = LONG.instance()
+        return instance, Stub(name, forward).bind(instance)
+
+    times = measure.interleave({name: peer(name) for name in "abc"}, 3, lambda text: None)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    assert [len(times[name]) for name in "abc"] == [3, 3, 3]
+
+
+def test_slow_peers_sit_out_all_rounds_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "SLOW", 0.0)
+    instance = LONG.instance()
+    times = measure.interleave({"a": (instance, Stub("a").bind(instance))}, 3, lambda text: None)
+    assert [s is None for s in times["a"]] == [False, True, True]
+
+
+def test_paired_ratios_ignore_a_slow_round() -> None:
+    baseline = record("b", seconds=[1.0, 10.0, 1.0])
+    mine = record("a", seconds=[0.5, 5.0, None])
+    assert measure.time_ratio(mine, baseline) == 0.5
+
+
+# Targets and tables --------------------------------------------------------------------------
+
+
+def test_verdicts() -> None:
+    target = TARGETS[0]
+    assert Outcome(target, target.bound).verdict == "met"
+    assert Outcome(target, 1.5 * target.bound).verdict == "missed by 50%"
+    assert Outcome(target, None).verdict == "not measured"
+
+
+def test_targets_compare_with_the_baseline() -> None:
+    records = {
+        BASELINE: record(BASELINE, peak=1000),
+        "ours/symplectic-steps": record("ours/symplectic-steps", peak=60),
+    }
+    (outcome,) = outcomes("long", records)
+    assert outcome.figure == 0.06
+    assert outcome.verdict == "met"
+    assert outcomes("long", {})[0].verdict == "not measured"
+
+
+def results(record: Record) -> dict[str, Any]:
+    return {
+        "quick": False,
+        "when": "2024-01-01",
+        "machine": {
+            "processor": "chip",
+            "cores": 2,
+            "threads": 1,
+            "python": "3.11",
+            "packages": {"torch": "2", "absent": None},
+        },
+        "problems": [{"name": "long", "title": "a", "rounds": 3, "records": [record.as_json()]}],
+    }
+
+
+def test_tables_show_gaps_as_dashes_and_name_who_did_not_run() -> None:
+    full = results(record("ours/aca"))
+    row = next(line for line in tables.plain(full).splitlines() if line.startswith("ours/aca"))
+    assert " ".join(row.split()) == "ours/aca 1.00 s - - 100 B - - - - - - - -"
+    assert "| ours/aca | 1.00 s |" in tables.markdown(full)
+    refused = results(Record("zuko/adjoint", refused="zuko is not installed"))
+    for text in (tables.plain(refused), tables.markdown(refused)):
+        assert "zuko/adjoint: not measured, zuko is not installed." in text
+
+
+def test_the_page_of_the_documentation_is_what_the_results_say() -> None:
+    page = command.PAGE.read_text(encoding="utf-8")
+    assert page == tables.markdown(suite.load(command.RESULTS))
+
+
+# The command ---------------------------------------------------------------------------------
+
+
+def test_the_command_measures_prints_and_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "deep" / "results.json"
+    status = command.main(
+        ["long", "--quick", "--peers", "ours/symplectic-steps", "--out", str(out)]
+    )
+    assert status == 0
+    written = json.loads(out.read_text())
+    assert written["quick"] is True
+    (problem,) = written["problems"]
+    by_name = {r["peer"]: r for r in problem["records"]}
+    ours = by_name.pop("ours/symplectic-steps")
+    assert list(by_name) == [BASELINE]
+    baseline = by_name[BASELINE]
+    assert (ours["steps"], ours["forward"], ours["products"]) == (64, 256, 256)
+    assert ours["error_float64"] < 1e-12
+    if baseline["refused"] is None:
+        assert baseline["forward"] == 256
+        assert ours["peak"] < 0.2 * baseline["peak"]
+    printed = capsys.readouterr().out
+    assert "ours/symplectic-steps" in printed
+    assert command.main(["--load", str(out)]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_our_own_failure_is_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for peer, status in (("zuko/adjoint", 0), ("ours/aca", 1)):
+        path = tmp_path / "results.json"
+        suite.save(results(Record(peer, refused="fails")), path)
+        assert command.main(["--load", str(path)]) == status
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lnog"], "no problem 'lnog'; there are spiral, tabular, long"),
+        (["--peers", "nobody"], "no peer matches 'nobody'"),
+        (["--rounds", "0"], "'0' is no positive whole number"),
+        (["--quick", "--write-docs"], "figures of a full run"),
+    ],
+)
+def test_bad_arguments_are_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_peers_keep_the_order_of_the_tables() -> None:
+    options = command._parser().parse_args(["--peers", "ours/aca", "ours/backprop"])
+    assert [p.name for p in options.peers] == [BASELINE, "ours/backprop", "ours/aca"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    suite.write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        suite.write_atomically(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
