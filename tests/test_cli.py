@@ -92,7 +92,7 @@ def test_compare_trains_prints_the_table_and_writes_the_report(table: str, tmp_p
 
 
 def test_a_killed_and_an_interrupted_run_continue_bit_for_bit(table: str, tmp_path: Path) -> None:
-    settings = ("--data", table, "--iterations", 40, "--checkpoint-every", 2, *TINY)
+    settings = ("--data", table, "--iterations", 30, "--checkpoint-every", 2, *TINY)
     straight, stopped = RunFolder(tmp_path / "straight"), RunFolder(tmp_path / "stopped")
     assert _run("compare", *settings, "--out", straight.path)[0] == 0
 
@@ -102,7 +102,7 @@ def test_a_killed_and_an_interrupted_run_continue_bit_for_bit(table: str, tmp_pa
     killed.communicate()
     assert not stopped.results.exists()
     done = len(files.read_state(stopped.checkpoint("symplectic"))["history"]["nll"])
-    assert 2 <= done < 40
+    assert 2 <= done < 30
 
     before = stopped.checkpoint("backprop").read_bytes()
     interrupted = _start("compare", "--resume", "--out", stopped.path)
