@@ -14,8 +14,8 @@ HEADINGS = (
     "same in\nfloat64",
     "peak\nmemory",
     "seconds/\niteration",
-    "evaluations\nforward",
-    "evaluations\nbackward",
+    "evals\nforward",
+    "evals\nbackward",
     "products",
     "steps",
 )
@@ -58,8 +58,8 @@ def notes(results: Results) -> list[str]:
     ]
     if results.probe is not None:
         lines.append(
-            "Error, memory, evaluations, products and steps are of one gradient, measured for "
-            "every strategy on the same rows and noise, at the weights trained under "
+            "Error, memory, evaluations (evals), products and steps are of one gradient, measured "
+            "for every strategy on the same rows and noise, at the weights trained under "
             f"{results.probe}."
         )
     for result in results.strategies:
