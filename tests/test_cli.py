@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -13,14 +14,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from symplectic_adjoint.experiments import files
 from symplectic_adjoint.experiments.commands import app
 from symplectic_adjoint.experiments.compare import Comparison
 from symplectic_adjoint.experiments.config import CompareConfig
+from symplectic_adjoint.experiments.console import print_results
 from symplectic_adjoint.experiments.files import RunFolder
-from symplectic_adjoint.experiments.results import version
+from symplectic_adjoint.experiments.measure import Cost
+from symplectic_adjoint.experiments.results import (
+    DataSummary,
+    Results,
+    StrategyResult,
+    version,
+)
+from symplectic_adjoint.experiments.train import History
 
 TINY = (
     *("--strategies", "backprop,symplectic", "--rtol", "1e-3", "--atol", "1e-3"),
@@ -92,7 +102,7 @@ def test_compare_trains_prints_the_table_and_writes_the_report(table: str, tmp_p
 
 
 def test_a_killed_and_an_interrupted_run_continue_bit_for_bit(table: str, tmp_path: Path) -> None:
-    settings = ("--data", table, "--iterations", 40, "--checkpoint-every", 2, *TINY)
+    settings = ("--data", table, "--iterations", 30, "--checkpoint-every", 2, *TINY)
     straight, stopped = RunFolder(tmp_path / "straight"), RunFolder(tmp_path / "stopped")
     assert _run("compare", *settings, "--out", straight.path)[0] == 0
 
@@ -102,7 +112,7 @@ def test_a_killed_and_an_interrupted_run_continue_bit_for_bit(table: str, tmp_pa
     killed.communicate()
     assert not stopped.results.exists()
     done = len(files.read_state(stopped.checkpoint("symplectic"))["history"]["nll"])
-    assert 2 <= done < 40
+    assert 2 <= done < 30
 
     before = stopped.checkpoint("backprop").read_bytes()
     interrupted = _start("compare", "--resume", "--out", stopped.path)
@@ -200,6 +210,23 @@ def test_a_run_without_a_single_result_fails(
     assert code == 1
     assert "symplectic stopped early: the loss is nan [bold]" in stderr
     assert "symplectic stopped early: the loss is nan [bold]" in stdout
+
+
+@pytest.mark.parametrize(("width", "tables"), [(130, 1), (80, 2)])
+def test_a_table_too_wide_for_the_terminal_is_cut_in_two(width: int, tables: int) -> None:
+    cost = Cost(1.2e-7, 3.4e-16, 28_000_000, 40, 36, 36, 6, 0)
+    result = StrategyResult(
+        *("symplectic-steps", "dopri5", False, True, None, 70.123, "exact", 0.123),
+        *(cost, (), History()),
+    )
+    data = DataSummary("digits", (80, 10, 10), 2, "", 0.0, 3.0, None)
+    results = Results(CompareConfig(), data, {}, "backprop", (result,))
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_results(console, results)
+    lines = console.export_text().splitlines()
+    assert sum(line.strip().startswith("symplectic-steps") for line in lines) == tables
+    assert all(len(line) <= width for line in lines)
+    assert all(cell in "\n".join(lines) for cell in ("26.70 MiB", "70.123", "1.2e-07", "36"))
 
 
 def test_help_lists_every_option() -> None:

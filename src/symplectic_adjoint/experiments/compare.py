@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
-from symplectic_adjoint import datasets, gradients
+from symplectic_adjoint import datasets
 from symplectic_adjoint._errors import SolveError
 from symplectic_adjoint.datasets import Dataset
-from symplectic_adjoint.experiments.config import CompareConfig, ConfigError
+from symplectic_adjoint.experiments.config import CompareConfig, ConfigError, strategy
 from symplectic_adjoint.experiments.files import (
     KIND,
     RunFolder,
@@ -154,7 +154,7 @@ class Comparison:
             RunFolderError: Another process is writing to the folder.
         """
         with self.folder.lock():
-            sessions = [self._session(strategy) for strategy in self.config.strategies]
+            sessions = [self._session(name) for name in self.config.strategies]
             self._train(sessions, observer, should_stop)
             trained = [s for s in sessions if s.strategy not in self.errors]
             measurements = self._measure(trained, observer, should_stop)
@@ -162,9 +162,9 @@ class Comparison:
             self._write(results, trained)
         return results
 
-    def _session(self, strategy: str) -> Session:
-        session = Session(self.config, strategy, self.data)
-        path = self.folder.checkpoint(strategy)
+    def _session(self, name: str) -> Session:
+        session = Session(self.config, name, self.data)
+        path = self.folder.checkpoint(name)
         if path.exists():
             session.restore(read_state(path))
         return session
@@ -260,7 +260,7 @@ class Comparison:
             name=name,
             method=method,
             own_solver=method != self.config.method,
-            exact=gradients.get(name).exact,
+            exact=strategy(name).exact,
             error=self.errors.get(name),
             test_nll=found["test_nll"],
             test_trace=found["test_trace"],

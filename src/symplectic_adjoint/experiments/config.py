@@ -12,11 +12,26 @@ import torch
 from symplectic_adjoint import gradients, steppers
 from symplectic_adjoint._errors import ArgumentError, UnknownNameError
 from symplectic_adjoint.controllers import FixedGrid
+from symplectic_adjoint.gradients import Strategy, Symplectic
 from symplectic_adjoint.models import SolverOptions
 from symplectic_adjoint.models.blocks import Activation, Layer
 from symplectic_adjoint.models.cnf import Noise, Trace
 
-STRATEGIES = ("backprop", "checkpoint", "aca", "symplectic", "continuous", "mali")
+STRATEGIES = (
+    "backprop",
+    "checkpoint",
+    "aca",
+    "symplectic",
+    "symplectic-steps",
+    "continuous",
+    "mali",
+)
+"""Strategies that a comparison runs unless told otherwise."""
+
+_VARIANTS: dict[str, Strategy] = {
+    "symplectic-steps": Symplectic(store="steps"),
+    "symplectic-graph": Symplectic(store="graph"),
+}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -39,7 +54,8 @@ class CompareConfig:
 
     Attributes:
         data: Name of a data set, or path of a .npy or .csv file.
-        strategies: Gradient strategies to train under, in the order of the report.
+        strategies: Gradient strategies to train under, in the order of the report: names of
+            strategies, "symplectic-steps" or "symplectic-graph" for what the symplectic one stores.
         method: Solver of every strategy that does not come with its own.
         rtol: Relative tolerance of the solver.
         atol: Absolute tolerance of the solver.
@@ -109,7 +125,7 @@ class CompareConfig:
                 raise UnknownNameError(name, value, choices)
         _check(bool(self.strategies), "strategies", self.strategies, "at least one strategy")
         for name in self.strategies:
-            gradients.get(name)
+            strategy(name)
         repeated = len(set(self.strategies)) < len(self.strategies)
         _check(not repeated, "strategies", self.strategies, "named once each")
         self._check_method()
@@ -122,14 +138,14 @@ class CompareConfig:
         elif stepper.error_order is None:
             raise ConfigError(f"method={self.method!r} does not control its steps; give step_size")
 
-    def method_of(self, strategy: str) -> str:
+    def method_of(self, name: str) -> str:
         """The solver that a strategy runs with."""
-        return gradients.get(strategy).method or self.method
+        return strategy(name).method or self.method
 
-    def solver(self, strategy: str) -> SolverOptions:
+    def solver(self, name: str) -> SolverOptions:
         """The solver options that a strategy trains with."""
         controller = None if self.step_size is None else FixedGrid(step_size=self.step_size)
-        return SolverOptions(self.method_of(strategy), self.rtol, self.atol, strategy, controller)
+        return SolverOptions(self.method_of(name), self.rtol, self.atol, strategy(name), controller)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as values of JSON."""
@@ -152,6 +168,23 @@ class CompareConfig:
             for name, value in values.items()
         }
         return cls(**settings)
+
+
+def strategy(name: str) -> Strategy:
+    """The gradient strategy of a name: one of ``gradients.names()``, or a variant with its options.
+
+    Raises:
+        UnknownNameError: No strategy has this name.
+
+    Example:
+        >>> strategy("symplectic-steps").store
+        'steps'
+    """
+    if name in _VARIANTS:
+        return _VARIANTS[name]
+    if name not in gradients.names():
+        raise UnknownNameError("strategy", name, (*gradients.names(), *_VARIANTS))
+    return gradients.get(name)
 
 
 def _check(holds: bool, name: str, value: object, allowed: str) -> None:

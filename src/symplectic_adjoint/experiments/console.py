@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -26,6 +28,10 @@ from symplectic_adjoint.experiments.train import Session
 _REPORT_WIDTH = 132
 """Width of the table where the output is no terminal that has one of its own."""
 _LINES = 10
+_WORDS = HEADINGS.index("exact") + 1
+"""Columns of words come first, figures after them."""
+_CUT = HEADINGS.index("peak\nmemory")
+"""Where a table too wide for the terminal is cut."""
 
 
 class Watcher(Observer, Protocol):
@@ -132,19 +138,39 @@ class PlainProgress:
 
 def print_results(console: Console, results: Results) -> None:
     """Prints the table, what it says and how to read it."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in HEADINGS:
-        left = heading in ("strategy", "solver", "exact")
-        table.add_column(heading, justify="left" if left else "right", vertical="bottom")
-    for result in results.strategies:
-        style = "dim" if result.error else ("bold" if result.name == "symplectic" else None)
-        table.add_row(*(escape(cell) for cell in row(result)), style=style)
-    console.print(table)
+    for table in _tables(console, results):
+        console.print(table)
     for line in findings(results):
         console.print(line, markup=False, highlight=False)
     console.print()
     for line in notes(results):
         console.print(line, markup=False, highlight=False, style="dim")
+
+
+def _tables(console: Console, results: Results) -> list[Table]:
+    """The table, cut in two where the terminal is too narrow for it."""
+    every = range(len(HEADINGS))
+    whole = _table(results, every)
+    unbounded = console.options.update(max_width=sys.maxsize)
+    if console.measure(whole, options=unbounded).maximum <= console.width:
+        return [whole]
+    return [_table(results, every[:_CUT]), _table(results, (0, *every[_CUT:]))]
+
+
+def _table(results: Results, columns: Sequence[int]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i in columns:
+        table.add_column(
+            HEADINGS[i],
+            justify="left" if i < _WORDS else "right",
+            vertical="bottom",
+            no_wrap=True,
+        )
+    for result in results.strategies:
+        style = "dim" if result.error else ("bold" if result.name == "symplectic" else None)
+        cells = row(result)
+        table.add_row(*(escape(cells[i]) for i in columns), style=style)
+    return table
 
 
 def table_console() -> Console:

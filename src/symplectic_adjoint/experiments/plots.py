@@ -26,6 +26,7 @@ _STYLES = {
     "checkpoint": ("#E69F00", "s", (0, (6, 2))),
     "aca": ("#009E73", "^", (0, (4, 2))),
     "symplectic": ("#D55E00", "D", (0, (3, 2))),
+    "symplectic-steps": ("#56B4E9", "X", (0, (5, 1))),
     "continuous": ("#0072B2", "v", (0, (2, 1))),
     "mali": ("#CC79A7", "P", (0, (1, 1))),
 }
@@ -107,9 +108,9 @@ def learning_curves(results: Results) -> Figure:
             axes.axhline(gaussian, color="#888888", lw=1, ls=":")
         left.annotate(
             "Gaussian with full covariance (test)",
-            (0.98, gaussian),
+            (0.02, gaussian),
             xycoords=("axes fraction", "data"),
-            ha="right",
+            ha="left",
             va="bottom",
             color="#666666",
             fontsize=8.5,
@@ -248,7 +249,7 @@ def samples(data: Dataset, shape: tuple[int, int], models: Mapping[str, CNF]) ->
 
 
 def _dots(axes: Axes, values: Sequence[float], marker: str, label: str) -> None:
-    # A log axis has no zero; an error below half an ulp is drawn there.
+    # A log axis has no zero: what agrees to the last bit is drawn below all rounding.
     shown = [max(value, 1e-17) for value in values]
     axes.plot(shown, range(len(shown)), ls="", marker=marker, ms=6, label=label, color=_DOT[marker])
 

@@ -14,8 +14,8 @@ HEADINGS = (
     "same in\nfloat64",
     "peak\nmemory",
     "seconds/\niteration",
-    "evaluations\nforward",
-    "evaluations\nbackward",
+    "evals\nforward",
+    "evals\nbackward",
     "products",
     "steps",
 )
@@ -37,8 +37,8 @@ def row(result: StrategyResult) -> tuple[str, ...]:
         return (*start, *[_MISSING] * 3, pace, *[_MISSING] * 4)
     return (
         *start,
-        f"{cost.gradient_error:.1e}",
-        f"{cost.gradient_error_float64:.1e}",
+        _error(cost.gradient_error),
+        _error(cost.gradient_error_float64),
         size(cost.peak_memory),
         pace,
         str(cost.evaluations),
@@ -58,8 +58,8 @@ def notes(results: Results) -> list[str]:
     ]
     if results.probe is not None:
         lines.append(
-            "Error, memory, evaluations, products and steps are of one gradient, measured for "
-            "every strategy on the same rows and noise, at the weights trained under "
+            "Error, memory, evaluations (evals), products and steps are of one gradient, measured "
+            "for every strategy on the same rows and noise, at the weights trained under "
             f"{results.probe}."
         )
     for result in results.strategies:
@@ -124,11 +124,15 @@ def _against(base: StrategyResult, base_cost: Cost, result: StrategyResult, cost
     if base.seconds_per_iteration and result.seconds_per_iteration:
         pace = result.seconds_per_iteration / base.seconds_per_iteration
         text += f", {pace:.2f} times its time"
-    text += f", gradient error {cost.gradient_error_float64:.0e} in float64"
+    text += f", gradient error {_error(cost.gradient_error_float64)} in float64"
     if result.own_solver:
         text += f" (with another solver, {result.method})"
     return text + "."
 
 
+def _error(value: float) -> str:
+    return f"{value:.1e}" if value else "0"
+
+
 def _span(low: float, high: float) -> str:
-    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
+    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"between {low:.2f} and {high:.2f}"
