@@ -6,6 +6,9 @@ tensor requiring grad and can be assigned. During a solve every slot holds a det
 nothing ``func`` computes requires grad, unless it reached a tensor that the walk missed. That
 is checked at every evaluation, at no cost; a missed tensor is then found by watching the torch
 functions that receive it, and replaced by identity from there on.
+
+When ``func`` is evaluated again in the backward pass, every name that the walk has seen means what
+it meant in the forward pass, whatever was assigned to it since.
 """
 
 from __future__ import annotations
@@ -104,6 +107,8 @@ class Capture:
         self._by_identity: set[int] = set()
         self._hidden_constants: list[Tensor] = []
         self._scripted: dict[str, Tensor] = {}
+        self._held: list[tuple[_Slot, Any]] = []
+        self._frozen: list[tuple[_Slot, Any]] = []
         self._only = None if only is None else {id(p) for p in only}
         walk = _Walk(self)
         walk.visit(func, "func")
@@ -138,10 +143,20 @@ class Capture:
     def _fix(self, slot: _Slot, stand_in: Any) -> None:
         self._stand_ins.append((slot, stand_in))
 
+    def freeze(self) -> None:
+        """Let names mean what they mean now whenever ``func`` is evaluated again.
+
+        What ``func`` itself has rebound since the capture, such as a counter, stays its own.
+        """
+        self._frozen = [(slot, value) for slot, value in self._held if slot.read() is value]
+
     @contextlib.contextmanager
     def substituted(self, aliases: Sequence[Tensor]) -> Generator[None]:
         """Put ``aliases`` (one for each of ``tensors``) where ``func`` looks for the originals."""
         with _SUBSTITUTION, contextlib.ExitStack() as undo:
+            for slot, value in self._frozen:
+                if slot.read() is not value:
+                    _swap(undo, slot, value)
             for slot, stand_in in self._stand_ins:
                 _swap(undo, slot, stand_in)
             for slot, tensor in self._constants:
@@ -278,15 +293,13 @@ class _Walk:
             self._parametrized(module, name)
         self._hooked_weights(module, name)
         for attribute, value in vars(module).items():
-            if attribute in ("_parameters", "_buffers"):
-                self._container(value, name)
-            elif attribute == "_modules":
-                children = {key: child for key, child in value.items() if key not in skip}
-                self._container(children, name)
-            elif isinstance(value, Tensor):
-                self.capture._add(value, f"{name}.{attribute}", _Slot(vars(module), attribute))
-            elif not attribute.startswith("__"):
-                self.visit(value, f"{name}.{attribute}", direct=False)
+            path = f"{name}.{attribute}"
+            if attribute in ("_parameters", "_buffers", "_modules"):
+                self._container(value, name, skip)
+            elif attribute in _INTERNAL:
+                self.visit(value, path, direct=False)
+            else:
+                self._item(value, path, _Slot(vars(module), attribute))
         forward = type(module).forward
         if _is_users(type(module)) and isinstance(forward, types.FunctionType):
             self.visit(forward, name)
@@ -320,17 +333,15 @@ class _Walk:
                 self._made_of(module, functools.partial(_hooked, hook, module))
                 self.capture._fix(_Slot(hooks, key), _no_hook)
 
-    def _container(self, obj: Any, name: str) -> None:
+    def _container(self, obj: Any, name: str, skip: Collection[str] = ()) -> None:
         if len(obj) > _LONG:
             return
         assignable = isinstance(obj, dict | list)
         items = obj.items() if isinstance(obj, Mapping) else enumerate(obj)
         for key, value in list(items):
-            path = f"{name}.{key}" if isinstance(key, str) else f"{name}[{key}]"
-            if isinstance(value, Tensor):
-                self.capture._add(value, path, _Slot(obj, key) if assignable else None)
-            else:
-                self.visit(value, path, direct=False)
+            if key not in skip:
+                path = f"{name}.{key}" if isinstance(key, str) else f"{name}[{key}]"
+                self._item(value, path, _Slot(obj, key) if assignable else None)
 
     def _function(self, function: types.FunctionType, name: str) -> None:
         if not _is_users(function):
@@ -339,24 +350,30 @@ class _Walk:
             function.__code__.co_freevars, function.__closure__ or (), strict=True
         ):
             with contextlib.suppress(ValueError):  # an empty cell
-                self._value(cell.cell_contents, f"{name}:{variable}", _Slot(cell, None))
+                slot = _Slot(cell, None)
+                self._item(cell.cell_contents, f"{name}:{variable}", slot, direct=True)
         for variable in _global_names(function.__code__):
             if variable in function.__globals__:
-                value = function.__globals__[variable]
-                self._value(value, variable, _Slot(function.__globals__, variable))
+                slot = _Slot(function.__globals__, variable)
+                self._item(function.__globals__[variable], variable, slot, direct=True)
         self.visit(function.__defaults__, name)
         self.visit(function.__kwdefaults__, name)
         self.visit(vars(function), name)
 
-    def _value(self, value: Any, name: str, slot: _Slot) -> None:
+    def _item(self, value: Any, name: str, slot: _Slot | None, *, direct: bool = False) -> None:
+        if slot is not None:
+            self.capture._held.append((slot, value))
         if isinstance(value, Tensor):
             self.capture._add(value, name, slot)
         else:
-            self.visit(value, name)
+            self.visit(value, name, direct=direct)
 
 
 _LONG = 4096
 """Longer containers hold data; a tensor that func takes from one is found when it is used."""
+
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+"""Attributes that belong to the machinery of modules."""
 
 _WEIGHT_HOOKS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
 

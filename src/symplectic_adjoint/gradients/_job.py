@@ -106,7 +106,9 @@ def execute(job: Job) -> tuple[Solution, SolveError | None]:
                 _recorded(replace(job, strategy=Checkpoint(), report=None, keep_dense=False))
                 explored = True
                 before.set()
-            return _backprop(job) if _plain_autograd(job) else _recorded(job)
+            result = _backprop(job) if _plain_autograd(job) else _recorded(job)
+            job.capture.freeze()
+            return result
         except Rediscovered:
             before.set()
 
