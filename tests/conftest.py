@@ -7,11 +7,24 @@ import hypothesis
 import pytest
 import torch
 
-# In CI the examples are the same every time; elsewhere new ones are drawn at every run.
+# In CI the examples are the same every time, and a failing one is shown as it was found: to shrink
+# it takes minutes. HYPOTHESIS_PROFILE=search draws new ones at every run, many, and shrinks.
 hypothesis.settings.register_profile(
-    "ci", derandomize=True, deadline=None, max_examples=12, print_blob=True
+    "ci",
+    derandomize=True,
+    deadline=None,
+    max_examples=12,
+    print_blob=True,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
-hypothesis.settings.register_profile("search", deadline=None, max_examples=200, print_blob=True)
+hypothesis.settings.register_profile(
+    "search",
+    deadline=None,
+    max_examples=200,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 torch.set_num_threads(1)

@@ -54,11 +54,8 @@ class Coupled(nn.Module):
     def forward(self, t: Tensor, state: Any, gain: Tensor | float = 1.0) -> Any:
         fast, (level, pair) = state["fast"], state["slow"]
         return {
-            "fast": self.net(t, fast, gain) * (1.0 + 0.1 * torch.cos(level)),
-            "slow": [
-                fast.square().mean() - level + torch.sin(t),
-                self.rate * pair * level.sin() + 0.2 * fast.sum() * gain,
-            ],
+            "fast": self.net(t, fast, gain) * level,
+            "slow": [fast.mean() - level, self.rate * pair * level],
         }
 
 

@@ -63,31 +63,34 @@ def frozen(
 
 
 class Split:
-    """A module whose parameters are told apart from evaluation to evaluation.
+    """A module whose parameters and extra arguments are told apart from evaluation to evaluation.
 
-    The gradient of a parameter is the sum of those of its copies, so the copies' gradients show
-    how large the terms of that sum are.
+    The gradient of a tensor is the sum of those of its copies, so the copies' gradients show how
+    large the terms of that sum are.
     """
 
     def __init__(self, module: Any, params: dict[str, Tensor]) -> None:
         self.module = module
         self.params = params
-        self.copies: list[dict[str, Tensor]] = []
+        self.copies: list[tuple[str, Tensor]] = []
 
-    def __call__(self, *args: Any) -> Any:
-        self.copies.append({name: x.clone() for name, x in self.params.items()})
-        return torch.func.functional_call(self.module, self.copies[-1], args)
+    def __call__(self, t: Tensor, y: Any, *args: Tensor) -> Any:
+        params = {name: self._copy(name, x) for name, x in self.params.items()}
+        args = tuple(self._copy(f"args[{i}]", x) for i, x in enumerate(args))
+        return torch.func.functional_call(self.module, params, (t, y, *args))
 
     def sizes(self, loss: Tensor) -> dict[str, float]:
-        """For each parameter, the sum of the sizes of its copies' gradients."""
-        flat = [(name, x) for copy in self.copies for name, x in copy.items()]
-        grads = torch.autograd.grad(
-            loss, [x for _, x in flat], retain_graph=True, materialize_grads=True
-        )
-        sizes = dict.fromkeys(self.params, 0.0)
-        for (name, _), grad in zip(flat, grads, strict=True):
+        """For each tensor, the sum of the sizes of its copies' gradients."""
+        names, copies = zip(*self.copies, strict=True)
+        grads = torch.autograd.grad(loss, copies, retain_graph=True, materialize_grads=True)
+        sizes = dict.fromkeys(names, 0.0)
+        for name, grad in zip(names, grads, strict=True):
             sizes[name] += float(torch.linalg.vector_norm(grad))
         return sizes
+
+    def _copy(self, name: str, x: Tensor) -> Tensor:
+        self.copies.append((name, x.clone()))
+        return self.copies[-1][1]
 
 
 def adaptive_nodes(steps: Tensor, times: Sequence[Tensor]) -> list[Tensor]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import pytest
 
 from symplectic_adjoint import FixedGrid, gradients, steppers
 from symplectic_adjoint.controllers import Adaptive, Controller
@@ -61,18 +63,18 @@ def label(value: Any) -> str:
     return "-".join([value.name, *changed])
 
 
-def pairs() -> list[Any]:
-    """Every method with every exact strategy that supports it."""
-    return [(m, s) for m in METHODS for s in strategies(exact=True) if supports(s, m)]
+def pairs(strategies: Iterable[Strategy]) -> list[Any]:
+    """Every method with every one of the strategies that supports it, as test parameters."""
+    return [
+        pytest.param(method, strategy, id=f"{method}-{label(strategy)}")
+        for method in METHODS
+        for strategy in strategies
+        if supports(strategy, method)
+    ]
 
 
-def pair_labels() -> list[str]:
-    """Ids for ``pairs``."""
-    return [f"{method}-{label(strategy)}" for method, strategy in pairs()]
-
-
-def pacing(stepper: Stepper, step_size: float = 0.23) -> tuple[Controller, float]:
+def pacing(stepper: Stepper, step_size: float = 0.37) -> tuple[Controller, float]:
     """A controller that takes a handful of steps of this method, and its tolerance."""
     if stepper.error_order is None:
         return FixedGrid(step_size=step_size), 1.0
-    return Adaptive(), 10.0 ** -(stepper.order + 1)
+    return Adaptive(), 10.0 ** -min(max(1.3 * stepper.order - 1, 1.5), 5.5)
