@@ -37,7 +37,7 @@ demo: $(VENV)/.ready-cli ## train one flow on real data under every gradient str
 	$(VENV)/bin/symplectic-adjoint compare --out runs/demo --overwrite $(ARGS)
 
 test: $(VENV)/.ready-dev ## run the tests, doctests and documented examples
-	$(ONE_THREAD) $(PY) -m pytest -n $(JOBS) $(ARGS)
+	$(ONE_THREAD) $(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.ready-dev ## ruff: style, mistakes, formatting
 	$(PY) -m ruff check $(ARGS) .

@@ -32,11 +32,10 @@ class Symplectic(Strategy):
     10.1109/TNNLS.2023.3242345.
 
     Attributes:
-        store: ``"steps"`` keeps the state at each step, as in the paper, and computes the stages
-        again;
-            ``"stages"`` keeps the stages as well, which saves one evaluation a stage; ``"graph"``
-            keeps the autograd graph of every stage, which saves all evaluations and none of the
-            memory.
+        store: ``"steps"`` keeps the state at each step, as in the paper, and computes the
+            stages again; ``"stages"`` keeps the stages as well, which saves one evaluation a stage;
+            ``"graph"`` keeps the autograd graph of every stage, which saves all evaluations and
+            none of the memory.
         accumulate: How the parameters' gradients are summed over the stages: ``"inplace"`` in their
             own dtype; ``"float64"``; or ``"compensated"``, in their own dtype with the rounding
             errors carried along. The latter two cost one more copy of the parameters.
