@@ -197,6 +197,16 @@ def test_bad_arguments_exit_with_a_message_and_leave_no_folder(
     assert not out.exists()
 
 
+def test_a_folder_that_cannot_be_made_is_an_error_not_a_traceback(
+    table: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "run"
+    code, _, stderr = _run("compare", "--data", table, "--iterations", 1, *TINY, "--out", out)
+    assert code == 1
+    assert f"error: [Errno 20] Not a directory: '{out}'" in stderr
+
+
 def test_a_run_without_a_single_result_fails(
     table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,20 +157,21 @@ def compare(
     settings: dict[str, Any] = {name: context.params[name] for name in _SETTINGS}
     given = {name for name in context.params if _is_given(context, name)}
     try:
-        if {"epochs", "iterations"} <= given:
-            raise ConfigError("--epochs and --iterations both say how long to train; give one")
-        comparison = (
-            _resumed(out, settings, given)
-            if resume
-            else Comparison.start(_config(settings), out, overwrite=overwrite, epochs=epochs)
-        )
-        with stop, watcher(messages) as watching:
-            results = comparison.run(watching, stop)
-    except (ArgumentError, MissingExtraError) as error:
+        with stop:
+            if {"epochs", "iterations"} <= given:
+                raise ConfigError("--epochs and --iterations both say how long to train; give one")
+            comparison = (
+                _resumed(out, settings, given)
+                if resume
+                else Comparison.start(_config(settings), out, overwrite=overwrite, epochs=epochs)
+            )
+            with watcher(messages) as watching:
+                results = comparison.run(watching, stop)
+    except (ArgumentError, MissingExtraError, OSError) as error:
         messages.print(
             f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
         )
-        raise typer.Exit(_USAGE) from error
+        raise typer.Exit(_USAGE if isinstance(error, ArgumentError) else 1) from error
     except (RunInterruptedError, KeyboardInterrupt) as error:
         messages.print(
             f"Stopped. Continue with: symplectic-adjoint compare --resume --out {out}",

@@ -158,7 +158,8 @@ class Comparison:
             self._train(sessions, observer, should_stop)
             trained = [s for s in sessions if s.strategy not in self.errors]
             measurements = self._measure(trained, observer, should_stop)
-            results = self._collect(sessions, measurements)
+            probe = trained[0].strategy if trained else None
+            results = self._collect(sessions, measurements, probe)
             self._write(results, trained)
         return results
 
@@ -240,13 +241,16 @@ class Comparison:
         }
 
     def _collect(
-        self, sessions: Sequence[Session], measurements: dict[str, dict[str, Any]]
+        self,
+        sessions: Sequence[Session],
+        measurements: dict[str, dict[str, Any]],
+        probe: str | None,
     ) -> Results:
         return Results(
             config=self.config,
             data=summarise(self.data),
             environment=environment(),
-            probe=next(iter(measurements), None),
+            probe=probe,
             strategies=tuple(
                 self._result(session, measurements.get(session.strategy)) for session in sessions
             ),
