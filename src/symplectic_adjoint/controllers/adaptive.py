@@ -68,7 +68,7 @@ class Adaptive:
     def __post_init__(self) -> None:
         checks = {
             "safety": 0 < self.safety <= 1,
-            "factor_min": 0 < self.factor_min <= 1,
+            "factor_min": 0 < self.factor_min < 1,
             "factor_max": self.factor_max >= 1,
             "min_step": 0 <= self.min_step < math.inf,
             "max_step": self.max_step > self.min_step,
@@ -79,7 +79,7 @@ class Adaptive:
             if not checks.get(f.name, True):
                 raise ArgumentError(
                     f"{f.name} = {getattr(self, f.name)} is out of range; needed: 0 < safety <= 1, "
-                    "0 < factor_min <= 1 <= factor_max, 0 <= min_step < max_step, max_steps >= 1, "
+                    "0 < factor_min < 1 <= factor_max, 0 <= min_step < max_step, max_steps >= 1, "
                     "first_step > 0"
                 )
 
@@ -156,11 +156,12 @@ class AdaptivePace:
         return t1
 
     def accepts(self, field: Field, stepper: Stepper, step: Any, t: float, t1: float) -> bool:
-        h = abs(t1 - t)
+        # Not abs(t1 - t) alone, which rounds: a rejected size has to shrink at every attempt.
+        h = min(self.h, abs(t1 - t))
         error = float(self.norm(stepper.error(field, step), step.start.y, step.y1))
         self.history.append((t, h, error))
         if not math.isfinite(error):
-            self._reject_non_finite(field, stepper, step, t, t1)
+            self._reject_non_finite(field, stepper, step, t, h)
             return False
         accepted = error <= 1.0 or h <= self.controller.min_step
         self.h = min(
@@ -198,13 +199,14 @@ class AdaptivePace:
         return min(max(factor, 1.0 if accepted else c.factor_min), c.factor_max)
 
     def _reject_non_finite(
-        self, field: Field, stepper: Stepper, step: Any, t: float, t1: float
+        self, field: Field, stepper: Stepper, step: Any, t: float, h: float
     ) -> None:
         """A smaller step may avoid the value, unless ``f`` is not finite where the step starts."""
-        self.failed = non_finite(field, stepper.stages(step), t, t1 - t, step.y1)
-        if not finite(stepper.slope(field, step.start)) or abs(t1 - t) <= self.controller.min_step:
+        signed = h * self.setting.direction
+        self.failed = non_finite(field, stepper.stages(step), t, signed, step.y1)
+        if not finite(stepper.slope(field, step.start)) or h <= self.controller.min_step:
             raise self.failed
-        self.h = max(abs(t1 - t) * self.controller.factor_min, self.controller.min_step)
+        self.h = max(h * self.controller.factor_min, self.controller.min_step)
 
     def _recent(self) -> str:
         steps = "; ".join(f"t = {t:.6g}, h = {h:.3g}, error {e:.3g}" for t, h, e in self.history)
