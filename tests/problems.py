@@ -54,8 +54,8 @@ class Coupled(nn.Module):
     def forward(self, t: Tensor, state: Any, gain: Tensor | float = 1.0) -> Any:
         fast, (level, pair) = state["fast"], state["slow"]
         return {
-            "fast": self.net(t, fast, gain) * level,
-            "slow": [fast.mean() - level, self.rate * pair * level],
+            "fast": self.net(t, fast, gain) * torch.sigmoid(level),
+            "slow": [torch.tanh(fast.mean()) - 0.5 * level, self.rate * pair * torch.sin(level)],
         }
 
 

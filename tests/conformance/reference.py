@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -130,6 +131,18 @@ def _plus(y: Leaves, h: Tensor, weights: Sequence[Any], k: Sequence[Leaves]) -> 
     return moved
 
 
+def _polynomials(rows: Sequence[Sequence[float]], theta: Tensor) -> list[Tensor]:
+    """``sum_p row[p] theta^(p + 1)`` for each row, with its slope; without rounding on the way."""
+    place = Fraction(theta.detach().item())
+    powers = [place**p for p in range(len(rows[0]) + 1)]
+    values = []
+    for row in rows:
+        value = sum(Fraction(x) * powers[p + 1] for p, x in enumerate(row))
+        slope = sum(Fraction(x) * (p + 1) * powers[p] for p, x in enumerate(row))
+        values.append(float(value) + float(slope) * (theta - theta.detach()))
+    return values
+
+
 class _RungeKutta:
     """Explicit Runge-Kutta by its Butcher tableau and the polynomials of its interpolant."""
 
@@ -151,11 +164,7 @@ class _RungeKutta:
             stages = [*k, field(t + h, y1)]
             for row, c in zip(self.interpolant.a, self.interpolant.c, strict=True):
                 stages.append(field(t + c * h, _plus(y, h, row, stages)))
-            weights = [
-                sum(x * theta ** (power + 1) for power, x in enumerate(row))
-                for row in self.interpolant.coefficients
-            ]
-            return _plus(y, h, weights, stages)
+            return _plus(y, h, _polynomials(self.interpolant.coefficients, theta), stages)
 
         return (y1,), inside
 
