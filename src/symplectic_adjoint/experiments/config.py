@@ -108,7 +108,7 @@ class CompareConfig:
     dtype: str = "float32"
     evaluate_every: int = 10
     checkpoint_every: int = 10
-    sweep: tuple[float, ...] = (1e-3, 1e-5, 1e-7, 1e-9, 1e-11)
+    sweep: tuple[float, ...] = (1e-3, 1e-5, 1e-7, 1e-9)
 
     def __post_init__(self) -> None:
         for name in ("blocks", "iterations", "batch_size", "evaluate_every", "checkpoint_every"):
