@@ -52,7 +52,7 @@ class Solution:
         times = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         low, high = sorted((float(self.steps[0]), float(self.steps[-1])))
         values = times.detach()
-        if values.numel() and (float(values.min()) < low or float(values.max()) > high):
+        if values.numel() and not (low <= float(values.min()) and float(values.max()) <= high):
             raise ArgumentError(
                 f"dense output was asked at times from {float(values.min())} to "
                 f"{float(values.max())}, outside the solved interval [{low}, {high}]"

@@ -91,7 +91,7 @@ class RecordedDense(Dense):
     def at(self, times: Tensor) -> Tensor:
         # The initial state comes first, as in every solve.
         outputs = [Outputs(a + 1, b + 1, None) for a, b, _ in self.bins(times)]
-        times = torch.cat([self.nodes[:1], times])
+        times = torch.cat([self.step_times[:1], times])
         y = self._values(outputs, times.detach())
         if self.wants_grad and torch.is_grad_enabled():
             y = attach(self._tape(outputs), y, self.problem.y0, self.step_times, times)
