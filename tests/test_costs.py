@@ -156,7 +156,7 @@ def assert_as_declared(method: str, strategy: Strategy, *, adaptive: bool, moved
 def assert_within_table(
     strategy: Strategy, stepper: Stepper, seen: SolveShape, backward: int
 ) -> None:
-    """The table of costs in docs/design.md, without what rejections and step selection add."""
+    """The table of costs in docs/gradients.md, without what rejections and step selection add."""
     s = stepper.tableau.stages if isinstance(stepper, sa.ExplicitRK) else 1
     extras = stepper.work.extra + 1  # the node, too, may be needed for dense outputs alone
     cost = seen.accepted * s + seen.dense * extras + 1

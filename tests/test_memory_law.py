@@ -1,7 +1,7 @@
 """How peak memory grows with the steps N, the stages s and the size of the network.
 
 Bytes are counted by the allocator, the laws are fitted to them by least squares, and the
-coefficients are held against the table of costs in docs/design.md, in units of
+coefficients are held against the table of costs in docs/gradients.md, in units of
 
 - a state,
 - the tape of one evaluation: what autograd keeps for its backward pass beside input and output,
