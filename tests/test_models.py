@@ -107,14 +107,14 @@ def test_a_linear_field_gives_the_known_gaussian(blocks: int) -> None:
 
 
 def test_the_log_determinant_is_that_of_the_map() -> None:
-    flow = _flow(blocks=2, trace="exact")
-    x = _rows(3)
+    flow = _flow(blocks=2, trace="exact", solver=SolverOptions(rtol=1e-7, atol=1e-7))
+    x = _rows(2)
     jacobians = [
         torch.autograd.functional.jacobian(lambda r: flow.transform(r.unsqueeze(0)).z[0], row)
         for row in x
     ]
     expected = torch.stack([torch.linalg.slogdet(j).logabsdet for j in jacobians])
-    torch.testing.assert_close(flow.transform(x).log_det, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(flow.transform(x).log_det, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_density_integrates_to_one() -> None:

@@ -42,25 +42,61 @@ _CAPTIONS = {
 }
 
 _PAGE = Template("""<!doctype html>
-<html lang="en"> <head> <meta charset="utf-8"> <meta name="viewport" content="width=device-width,
-initial-scale=1"> <title>$title</title> <style> :root { color-scheme: light; --ink: #1c1f24; --soft:
-#5b6470; --line: #dde1e6; --wash: #f6f7f9; } * { box-sizing: border-box; } body { margin: 0; font:
-16px/1.55 system-ui, sans-serif; color: var(--ink); background: #fff; } main { max-width: 1080px;
-margin: 0 auto; padding: 2.5rem 1.25rem 4rem; } h1 { font-size: 1.7rem; line-height: 1.25; margin: 0
-0 .3rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .4rem; } p { margin: .4rem 0; max-width: 74ch; }
-.soft { color: var(--soft); } .wide { overflow-x: auto; margin: 1rem 0 .5rem; } table {
-border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; } th, td { padding:
-.42rem .8rem; text-align: right; border-bottom: 1px solid var(--line); } th { vertical-align:
-bottom; font-weight: 600; white-space: pre; } td { white-space: nowrap; } th:first-child,
-td:first-child { text-align: left; } tbody tr:nth-child(even) { background: var(--wash); } ul {
-padding-left: 1.2rem; max-width: 78ch; } img { max-width: 100%; height: auto; display: block;
-margin: .8rem 0; } pre { background: var(--wash); border: 1px solid var(--line); padding: .8rem
-1rem; overflow-x: auto; } dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem
-1.2rem; font-size: .9rem; } dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-</style> </head> <body><main> <h1>$title</h1> <p class="soft">$subtitle</p> $findings
-<h2>Results</h2> <div class="wide"><table><thead><tr>$headings</tr></thead><tbody> $rows
-</tbody></table></div> $notes $figures <h2>Settings</h2> <pre>$command</pre> <dl>$settings</dl>
-<h2>Machine</h2> <dl>$environment</dl> </main></body> </html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { --ink: #1c1f24; --soft: #5b6470; --line: #dde1e6; --wash: #f6f7f9; }
+* { box-sizing: border-box; }
+body { margin: 0; font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: #fff; }
+main { max-width: 1160px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem; }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 .4rem; }
+p { margin: .4rem 0; max-width: 80ch; }
+ul { padding-left: 1.2rem; max-width: 84ch; }
+.soft { color: var(--soft); }
+.wide { overflow-x: auto; margin: 1rem 0 .5rem; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .42rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
+th { vertical-align: bottom; font-weight: 600; white-space: pre; }
+td { white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+tbody tr:nth-child(even) { background: var(--wash); }
+img { max-width: 100%; height: auto; display: block; margin: .8rem 0; }
+pre { background: var(--wash); border: 1px solid var(--line); padding: .8rem 1rem; }
+pre { overflow-x: auto; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; }
+dl { font-size: .9rem; }
+dt { color: var(--soft); }
+dd { margin: 0; overflow-wrap: anywhere; }
+</style>
+</head>
+<body>
+<main>
+<h1>$title</h1>
+<p class="soft">$subtitle</p>
+$findings
+<h2>Results</h2>
+<div class="wide">
+<table>
+<thead><tr>$headings</tr></thead>
+<tbody>
+$rows
+</tbody>
+</table>
+</div>
+$notes
+$figures
+<h2>Settings</h2>
+<pre>$command</pre>
+<dl>$settings</dl>
+<h2>Machine</h2>
+<dl>$environment</dl>
+</main>
+</body>
+</html>
 """)
 
 
