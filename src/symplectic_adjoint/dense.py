@@ -13,6 +13,7 @@ are extra ones that only the interpolant needs.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,29 @@ class Interpolant:
     def degree(self) -> int:
         """Degree of the weights as polynomials in ``theta``."""
         return len(self.coefficients[0])
+
+    @functools.cached_property
+    def centred(self) -> tuple[tuple[float, ...], ...]:
+        """The weights in powers of ``2 theta - 1``, constant term first: the form to compute with.
+
+        Powers of ``theta`` cancel: where the degree is seven they lose two to three digits more.
+
+        Example:
+            >>> hermite((1,)).centred
+            ((0.625, 0.625, -0.125, -0.125), (-0.125, -0.125, 0.125, 0.125))
+        """
+        return tuple(
+            tuple(
+                float(
+                    sum(
+                        Fraction(x) * math.comb(power, q) / 2**power
+                        for power, x in enumerate((0.0, *row))
+                    )
+                )
+                for q in range(self.degree + 1)
+            )
+            for row in self.coefficients
+        )
 
     def weights(self, theta: float) -> tuple[float, ...]:
         """Weights ``b_i(theta)`` of all stages.

@@ -166,15 +166,21 @@ class ExplicitRK:
     def interpolate(self, field: Field, step: RKStep, theta: Tensor) -> Tensor:
         self._extend(field, step, len(self.rows))
         k = torch.stack([_value(field, step.stages[i]) for i in self.dense_stages])
-        weights = (powers(theta, self.dense.degree) @ self._coefficients.T).to(k)
+        weights = self._weights(theta).to(k)
         increment = torch.tensordot(weights, k, dims=1)
         y: Tensor = step.start.y + step.h * increment
         return y
 
     @functools.cached_property
-    def _coefficients(self) -> Tensor:
-        rows = [self.dense.coefficients[i] for i in self.dense_stages]
-        return torch.tensor(rows, dtype=torch.float64)
+    def _polynomials(self) -> Tensor:
+        """The weights in powers of ``2 theta - 1``: (degree + 1, stages)."""
+        rows = [self.dense.centred[i] for i in self.dense_stages]
+        return torch.tensor(rows, dtype=torch.float64).T
+
+    def _weights(self, theta: Tensor) -> Tensor:
+        """``b_i(theta)`` of the stages that have any: (m,) -> (m, stages)."""
+        p = self._polynomials
+        return torch.addmm(p[0], powers(2 * theta - 1, self.dense.degree), p[1:])
 
     def _extend(self, field: Field, step: RKStep, count: int) -> None:
         """Compute stage points until there are ``count``, evaluating ``f`` where they need it."""
@@ -336,8 +342,8 @@ class _Transpose:
             self.times.add_size(self.n, dot(k, kappa) / self.h)
         dense = self.dense
         if dense is not None and dense.slopes is not None and i in self.method.dense_stages:
-            row = self.method._coefficients[self.method.dense_stages.index(i)]
-            slopes = (power_slopes(dense.theta, len(row)) @ row).to(dense.slopes)
+            column = self.method._polynomials[1:, self.method.dense_stages.index(i)]
+            slopes = 2 * (power_slopes(2 * dense.theta - 1, len(column)) @ column).to(dense.slopes)
             along = torch.tensordot(dense.g.flatten(1).conj(), k.flatten().unsqueeze(-1), dims=1)
             dense.slopes += self.h * slopes * along.squeeze(-1).real
 
@@ -346,8 +352,7 @@ class _Transpose:
         if self.dense is None:
             return {}
         method, g = self.method, self.dense.g
-        weights = powers(self.dense.theta, method.dense.degree) @ method._coefficients.T
-        shares = torch.tensordot(weights.T.to(g), g, dims=1)
+        shares = torch.tensordot(method._weights(self.dense.theta).T.to(g), g, dims=1)
         return dict(zip(method.dense_stages, shares, strict=True))
 
 
