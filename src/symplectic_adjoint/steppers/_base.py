@@ -211,6 +211,11 @@ class Stepper(Protocol):
         ...
 
 
+def scaled(h: Time, x: Tensor) -> Tensor:
+    """``h x`` in the dtype of ``x``; a 0-dim one would be promoted by a time with a gradient."""
+    return (h * x).to(x.dtype) if isinstance(h, Tensor) else h * x
+
+
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """The real inner product of two tensors of one shape, as a float64 0-dim tensor."""
     return torch.vdot(a.reshape(-1), b.reshape(-1)).real.double()

@@ -29,6 +29,7 @@ from symplectic_adjoint.steppers._base import (
     dot,
     power_slopes,
     powers,
+    scaled,
 )
 
 _DENSE = torch.tensor([[1.0, -2.0, 1.0], [0.0, 3.0, -2.0], [0.0, -1.0, 1.0]], dtype=torch.float64)
@@ -91,10 +92,12 @@ class ALF:
     ) -> ALFStep:
         h = t1 - state.t
         v = self.slope(field, state)
-        mid = Stage(state.t + 0.5 * h, state.y + (0.5 * h) * v, None, tokens[1] if tokens else None)
+        mid = Stage(
+            state.t + 0.5 * h, state.y + scaled(0.5 * h, v), None, tokens[1] if tokens else None
+        )
         u = field.evaluate(mid)
         v1 = 2 * u - v
-        y1 = mid.x + (0.5 * h) * v1
+        y1 = mid.x + scaled(0.5 * h, v1)
         return ALFStep(state.t, t1, mid, state, ALFState(t1, y1, Stage(t1, y1, v1)))
 
     def error(self, field: Field, step: ALFStep) -> Tensor:
@@ -128,7 +131,7 @@ class ALF:
         u = field.evaluate(step.mid) if step.mid.k is None else step.mid.k
         k = torch.stack([v, u, v1])
         weights = (powers(theta, 3) @ _DENSE.T).to(k)
-        y: Tensor = step.start.y + step.h * torch.tensordot(weights, k, dims=1)
+        y: Tensor = step.start.y + scaled(step.h, torch.tensordot(weights, k, dims=1))
         return y
 
     # Keeping ---------------------------------------------------------------------------------
@@ -196,8 +199,8 @@ class ALF:
             times.add_size(n, size)
         if dense is not None and dense.slopes is not None:
             weights = (power_slopes(dense.theta, 3) @ _DENSE.T).to(dense.slopes)
-            along = torch.stack([v, pulled.k, v1]).flatten(1)
-            products = dense.g.flatten(1).conj() @ along.T
+            along = torch.stack([v, pulled.k, v1]).reshape(3, v.numel())
+            products = dense.g.reshape(len(dense.g), v.numel()).conj() @ along.T
             dense.slopes += h * (weights * products.real).sum(1)
         return Cotangent(cot_y, cot_v)
 

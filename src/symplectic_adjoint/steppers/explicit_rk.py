@@ -42,6 +42,7 @@ from symplectic_adjoint.steppers._base import (
     dot,
     power_slopes,
     powers,
+    scaled,
 )
 from symplectic_adjoint.tableaus import Tableau
 
@@ -168,7 +169,7 @@ class ExplicitRK:
         k = torch.stack([_value(field, step.stages[i]) for i in self.dense_stages])
         weights = self._weights(theta).to(k)
         increment = torch.tensordot(weights, k, dims=1)
-        y: Tensor = step.start.y + step.h * increment
+        y: Tensor = step.start.y + scaled(step.h, increment)
         return y
 
     @functools.cached_property
@@ -344,8 +345,8 @@ class _Transpose:
         if dense is not None and dense.slopes is not None and i in self.method.dense_stages:
             column = self.method._polynomials[1:, self.method.dense_stages.index(i)]
             slopes = 2 * (power_slopes(2 * dense.theta - 1, len(column)) @ column).to(dense.slopes)
-            along = torch.tensordot(dense.g.flatten(1).conj(), k.flatten().unsqueeze(-1), dims=1)
-            dense.slopes += self.h * slopes * along.squeeze(-1).real
+            along = dense.g.reshape(len(dense.g), k.numel()).conj() @ k.reshape(-1)
+            dense.slopes += self.h * slopes * along.real
 
     def _dense_shares(self) -> dict[int, Tensor]:
         """``sum b_i(theta) g`` for each stage that the outputs weigh."""
@@ -370,7 +371,7 @@ def _combine(y: Tensor, h: Time, terms: Sequence[tuple[float, Tensor]]) -> Tenso
         return y
     (weight, k), *rest = terms
     if isinstance(h, Tensor):
-        return y + h * sum((w * k for w, k in rest), start=weight * k)
+        return y + scaled(h, sum((w * k for w, k in rest), start=weight * k))
     x = torch.add(y, k, alpha=h * weight)
     for weight, k in rest:
         x.add_(k, alpha=h * weight)
