@@ -257,7 +257,8 @@ class _Writer:
         self.y[first : first + len(y)] = y
 
     def result(self, reached: int) -> Tensor:
-        return self.y[:reached]
+        # Not a view where it can be helped, so that the caller may change it in place.
+        return self.y if reached == len(self.y) else self.y[:reached].clone()
 
 
 class _GraphWriter:

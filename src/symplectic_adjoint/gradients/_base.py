@@ -125,11 +125,13 @@ class Strategy:
         name: Name in ``gradient="..."``.
         exact: Whether the gradient is that of the computed solution, up to rounding.
         method: The only method that the strategy works with, or None.
+        keeps_outputs: Whether the backward pass needs the solution at the output times.
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool] = True
     method: ClassVar[str | None] = None
+    keeps_outputs: ClassVar[bool] = False
 
     def check(self, stepper: Stepper) -> None:
         """Refuse a method that the strategy cannot reverse.

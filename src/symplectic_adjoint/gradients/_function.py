@@ -121,26 +121,33 @@ def attach(tape: Tape, y: Tensor, y0: Tensor, nodes: Tensor, times: Tensor) -> T
         tensor.
     """
     apply: Callable[..., Tensor] = _Solve.apply
-    return apply(tape, y, y0, nodes, times, *tape.capture.tensors)
+    # In a list, y is an output alone and no view of an input: the caller may change it in place.
+    return apply(tape, [y], y0, nodes, times, *tape.capture.tensors)
 
 
 class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, tape: Tape, y: Tensor, y0: Tensor, nodes: Tensor, times: Tensor, *captured: Tensor
+        ctx: Any,
+        tape: Tape,
+        y: list[Tensor],
+        y0: Tensor,
+        nodes: Tensor,
+        times: Tensor,
+        *captured: Tensor,
     ) -> Tensor:
         ctx.tape = tape
         ctx.inputs = 3 + len(captured)
-        # The outputs themselves are needed by strategies that restart at them.
-        own = [y0, nodes, times, *captured]
-        result = y.view_as(y)
-        ctx.save_for_backward(*own, result, *tape.release())
-        return result
+        outputs = y if tape.strategy.keeps_outputs else []
+        ctx.outputs = len(outputs)
+        ctx.save_for_backward(y0, nodes, times, *captured, *outputs, *tape.release())
+        return y[0]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        inputs, y, kept = saved[: ctx.inputs], saved[ctx.inputs], saved[ctx.inputs + 1 :]
+        inputs, rest = saved[: ctx.inputs], saved[ctx.inputs :]
+        y, kept = rest[: ctx.outputs], rest[ctx.outputs :]
         needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             return (None, None, *_replayed(ctx.tape, inputs, needs, g))
@@ -151,7 +158,7 @@ def _reversed(
     tape: Tape,
     inputs: Sequence[Tensor],
     needs: Sequence[bool],
-    y: Tensor,
+    y: Sequence[Tensor],
     kept: Sequence[Tensor],
     g: Tensor,
 ) -> list[Tensor | None]:
@@ -172,7 +179,7 @@ def _reversed(
             outputs=tape.outputs,
             records=records,
             y0=y0.detach(),
-            y=y.detach(),
+            y=y[0].detach() if y else None,
             end=end,
             end_token=tape.end_token,
             g=g,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from symplectic_adjoint._types import Norm
 from symplectic_adjoint.controllers import Adaptive, GridPace
-from symplectic_adjoint.field import DetachedField, Stage
+from symplectic_adjoint.field import DetachedField, RandomState, Stage
 from symplectic_adjoint.gradients._base import Counts, Record, Strategy, Sweep
 from symplectic_adjoint.loop import SolveShape, integrate
 from symplectic_adjoint.steppers import Stepper, get
@@ -40,12 +40,15 @@ class Continuous(Strategy):
     method_name: str | None = None
     name = "continuous"
     exact = False
+    keeps_outputs = True
 
     def keep(self, stepper: Stepper, n: int, step: Any) -> Record:
         return Record(Saved((), stepper.save(step, stages=False).tokens[:1]))
 
     def reverse(self, sweep: Sweep) -> Tensor:
-        return _AdjointSolve(self, sweep).run()
+        # Where func draws random numbers, it draws others now, and from nobody else's stream.
+        with RandomState(sweep.y0.device).restored():
+            return _AdjointSolve(self, sweep).run()
 
     def counts(self, stepper: Stepper, shape: SolveShape) -> Counts:
         """One product for each evaluation of its own solves, whose steps only they know."""
