@@ -190,7 +190,9 @@ class GraphField(Field):
     """The field under plain autograd: every stage stays on the caller's graph."""
 
     def _evaluate(self, stage: Stage) -> Tensor:
-        return self.call(self.time(stage.t), stage.x)
+        # An alias where there is no graph: func may call requires_grad_() on its argument.
+        x = stage.x if stage.x.requires_grad else stage.x.detach()
+        return self.call(self.time(stage.t), x)
 
 
 class DetachedField(Field):

@@ -102,7 +102,12 @@ class RecordedDense(Dense):
         aliases = detached(capture.tensors)
         y0 = self.problem.y0.detach()
         parts = [y0.unsqueeze(0)]
-        with torch.enable_grad(), capture.substituted(aliases), self.tape.autocast.restored():
+        with (
+            torch.inference_mode(mode=False),
+            torch.enable_grad(),
+            capture.substituted(aliases),
+            self.tape.autocast.restored(),
+        ):
             field = DetachedField(self.tape.func, y0, aliases, None)
             field.leafy = self.tape.leafy
             for n, (first, stop, _) in enumerate(outputs):

@@ -97,6 +97,8 @@ def execute(job: Job) -> tuple[Solution, SolveError | None]:
     Returns:
         The solution as far as it is valid, and why it is no longer.
     """
+    if torch.is_inference_mode_enabled():
+        return _inferred(job)
     before = RandomState(job.problem.y0.device)
     explored = not (_plain_autograd(job) and job.capture.restricted)
     while True:
@@ -111,6 +113,13 @@ def execute(job: Job) -> tuple[Solution, SolveError | None]:
             return result
         except Rediscovered:
             before.set()
+
+
+def _inferred(job: Job) -> tuple[Solution, SolveError | None]:
+    """The solve outside of inference mode, in which ``func`` cannot differentiate inside itself."""
+    with torch.inference_mode(mode=False), torch.no_grad():
+        problem = replace(job.problem, y0=job.problem.y0.clone())
+        return execute(replace(job, problem=problem))
 
 
 def _plain_autograd(job: Job) -> bool:
