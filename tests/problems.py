@@ -130,16 +130,21 @@ def loss(y: Any) -> Tensor:
     ).sum()
 
 
+def precise(x: Tensor) -> Tensor:
+    """The values in double precision."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float64))
+
+
 def size(x: Tensor | None) -> float:
     """L2 norm; that of no gradient at all is zero."""
-    return 0.0 if x is None else float(torch.linalg.vector_norm(x.detach().double()))
+    return 0.0 if x is None else float(torch.linalg.vector_norm(precise(x)))
 
 
 def distance(got: Tensor | None, wanted: Tensor | None) -> float:
     """L2 distance; infinite where only one of the two is there."""
     if got is None or wanted is None:
         return 0.0 if got is wanted else math.inf
-    return size(got.detach().double() - wanted.detach().double())
+    return size(precise(got) - precise(wanted))
 
 
 def relative_error(got: Tensor | None, wanted: Tensor | None) -> float:
