@@ -174,24 +174,20 @@ class Known:
 
 
 def known() -> Known:
-    """Logistic growth at a rate that changes with time, and a component that is pulled to it.
+    """Rotation at a speed, and growth at a rate, that change with time.
 
-    With ``u' = (1 + cos t) u (1 - u)`` and ``v = u + sin(2 t)``, both nonlinear in state and time.
+    The angle is ``t + sin t``, and the squared radius ``1 / (1 + exp(cos t) / 2)`` solves the
+    logistic equation ``r' = sin(t) r (1 - r)``.
     """
 
-    def growth(t: Tensor) -> Tensor:
-        return 1 / (1 + 2 * torch.exp(-(t + torch.sin(t))))
-
     def func(t: Tensor, y: Tensor) -> Tensor:
-        u, v = y[0], y[1]
-        slope = (1 + torch.cos(t)) * u * (1 - u)
-        # The last term vanishes on the solution and keeps its neighbours coupled to it.
-        return torch.stack(
-            [slope, slope + 2 * torch.cos(2 * t) - torch.tanh(v - u - torch.sin(2 * t))]
-        )
+        growth = 0.5 * torch.sin(t) * (1 - y.square().sum())
+        speed = 1 + torch.cos(t)
+        return torch.stack([growth * y[0] - speed * y[1], speed * y[0] + growth * y[1]])
 
     def solution(t: Tensor) -> Tensor:
-        u = growth(t)
-        return torch.stack([u, u + torch.sin(2 * t)], dim=-1)
+        radius = (1 + 0.5 * torch.exp(torch.cos(t))) ** -0.5
+        angle = t + torch.sin(t)
+        return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
 
-    return Known(func, solution, (0.3, 2.3))
+    return Known(func, solution, (0.3, 3.3))

@@ -48,7 +48,7 @@ def drawn_cases(draw: st.DrawFn, methods: Sequence[str]) -> Drawn:
     )
     method = draw(st.sampled_from(methods))
     stepper = steppers.get(method)
-    # Steps much longer than the time scale of the network amplify rounding, however differentiated.
+    # Steps far longer than the time scale of the network would amplify rounding.
     if stepper.error_order is None or draw(st.booleans()):
         step_size = max(draw(st.floats(0.05, 0.6)), abs(span) / 15)
         return Drawn(case, method, sa.FixedGrid(step_size=step_size), 1.0)
