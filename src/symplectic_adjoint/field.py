@@ -191,7 +191,8 @@ class GraphField(Field):
 
     def _evaluate(self, stage: Stage) -> Tensor:
         # An alias where there is no graph: func may call requires_grad_() on its argument.
-        x = stage.x if stage.x.requires_grad else stage.x.detach()
+        # A view, since detach() would drop the tangents of forward mode.
+        x = stage.x if stage.x.requires_grad else stage.x.view_as(stage.x)
         return self.call(self.time(stage.t), x)
 
 
