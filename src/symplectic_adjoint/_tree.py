@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,13 +107,7 @@ class StateSpec:
                     f"func must return a tensor like y0, but returned {type(value).__name__}"
                 )
             return value
-        leaves, tree = pytree.tree_flatten(value)
-        # A list returned for a tuple state, and the reverse, is what many users write.
-        if tree != self.tree and len(leaves) != len(self.shapes):
-            raise FieldOutputError(
-                f"func must return a pytree like y0 ({len(self.shapes)} tensors: "
-                f"{', '.join(self.names)}), but returned {len(leaves)} leaves: {tree}"
-            )
+        leaves = self._leaves_like(value, self.tree)
         for name, shape, leaf in zip(self.names, self.shapes, leaves, strict=True):
             if not isinstance(leaf, Tensor):
                 raise FieldOutputError(
@@ -125,6 +120,22 @@ class StateSpec:
                     f"which has shape {tuple(shape)}; they must be equal"
                 )
         return self._join(leaves)
+
+    def _leaves_like(self, value: Any, wanted: pytree.TreeSpec) -> list[Any]:
+        """The leaves of ``value`` in the order of the state's."""
+        leaves, tree = pytree.tree_flatten(value)
+        if tree == wanted:
+            return leaves
+        try:
+            return wanted.flatten_up_to(value)  # finds the items of a dict by their keys
+        except ValueError:
+            # A list returned for a tuple state, and the reverse, is what many users write.
+            if _outline(tree) == _outline(wanted):
+                return leaves
+        raise FieldOutputError(
+            f"func must return a pytree like y0 ({len(self.shapes)} tensors: "
+            f"{', '.join(self.names)}), but returned {len(leaves)} leaves: {tree}"
+        )
 
     def locate(self, index: int) -> str:
         """Name the element ``index`` of the (raveled) flat state: leaf, sample and component."""
@@ -141,6 +152,15 @@ class StateSpec:
 
     def _join(self, leaves: Sequence[Tensor]) -> Tensor:
         return torch.cat([leaf.reshape(-1).to(self.dtype) for leaf in leaves])
+
+
+def _outline(tree: pytree.TreeSpec) -> Any:
+    """The structure of a tree, not telling sequences apart."""
+    if tree.is_leaf():
+        return None
+    sequence = tree.type in (list, tuple, namedtuple)
+    kind = "sequence" if sequence else (tree.type, tree.context)
+    return kind, [_outline(child) for child in tree.children()]
 
 
 def _check_leaf(name: str, leaf: Any) -> None:

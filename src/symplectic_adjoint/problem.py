@@ -62,7 +62,10 @@ def flat_func(func: Func, spec: StateSpec, args: Sequence[Any]) -> FlatFunc:
 
 
 def _times(t: Any) -> Tensor:
-    times = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
+    try:
+        times = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"t = {t!r} must be a 1-D tensor or list of times") from error
     if times.is_complex() or times.dtype == torch.bool:
         raise ArgumentError(f"t has dtype {times.dtype}; give real times, e.g. t.double()")
     if times.ndim != 1 or len(times) < 2:
