@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from symplectic_adjoint import gradients, steppers
-from symplectic_adjoint._errors import UnknownNameError
+from symplectic_adjoint._errors import ArgumentError, UnknownNameError
 from symplectic_adjoint._types import Func
 from symplectic_adjoint.capture import Capture
 from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid
@@ -80,6 +80,7 @@ def solve(
         >>> round(rate.grad.item(), 4)  # the derivative of exp(rate)
         0.6065
     """
+    _check(func, args, controller)
     strategy = gradients.get(gradient)
     stepper = resolved_stepper(method, strategy)
     strategy.check(stepper)
@@ -199,7 +200,24 @@ def resolved_stepper(method: str | Stepper | None, strategy: Strategy) -> Steppe
     """The stepper asked for; by default the one that the strategy needs, or dopri5."""
     if method is None:
         method = strategy.method or "dopri5"
-    return steppers.get(method) if isinstance(method, str) else method
+    if isinstance(method, str):
+        return steppers.get(method)
+    if not hasattr(method, "transpose"):
+        raise ArgumentError(
+            f"method = {method!r} must be a name such as 'dopri5' or a stepper such as ALF()"
+        )
+    return method
+
+
+def _check(func: Any, args: Any, controller: Any) -> None:
+    if not callable(func):
+        raise ArgumentError(f"func = {func!r} is not callable; give func(t, y) -> dy/dt")
+    if isinstance(args, Tensor):
+        raise ArgumentError("args is a tensor; give a tuple of arguments, e.g. args=(tensor,)")
+    if controller is not None and not hasattr(controller, "begin"):
+        raise ArgumentError(
+            f"controller = {controller!r} must be a controller such as Adaptive() or FixedGrid()"
+        )
 
 
 def _grid(controller: Controller, func: Func, y0: Any, problem: Problem) -> Tensor | None:

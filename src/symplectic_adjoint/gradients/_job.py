@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -207,17 +207,22 @@ def _run(
     start: Time = knots.get(t0, t0)
     state = job.stepper.begin(start, y0)
     before = RandomState(field.device)
-    try:
+
+    def steps() -> Iterator[Any]:
+        # Begun here, so that a solve that fails while it chooses its first step has a prefix, too.
         pace = job.controller.begin(field, job.stepper, state, job.setting)
         if isinstance(pace, GridPace):
             pace.checked = checked
-        steps = integrate(field, job.stepper, pace, state, job.problem.times[-1], knots, stats)
-        result = run(field, job.stepper, steps, state, times, keep, graph, job.report)
+        end = job.problem.times[-1]
+        yield from integrate(field, job.stepper, pace, state, end, knots, stats)
+
+    try:
+        result = run(field, job.stepper, steps(), state, times, keep, graph, job.report)
     except Rediscovered:
         job.spent += field.evaluations
         raise
     stats.evaluations = job.spent + field.evaluations
-    if isinstance(pace, GridPace) and not checked and not bool(torch.isfinite(result.y).all()):
+    if job.grid is not None and not checked and not bool(torch.isfinite(result.y).all()):
         before.set()
         return _run(job, field, knots, replace(times, next=1), keep, graph, checked=True)
     return result, stats
