@@ -407,7 +407,7 @@ def test_numbers_drawn_first_in_any_stage_are_drawn_again(strategy: Strategy) ->
         "controller": sa.FixedGrid(step_size=0.5),
     }
     times = (0.0, 0.1, 0.9, 1.0)
-    for number in (1, 2, 3, 10, 11, 12, 16, 17, 18, 26, 27, 32, 33):
+    for number in (1, 2, 11, 12, 17, 27):
         module = DrawingOnce(number)
         tensors = {"y0": y0, **named(module)}
         solve(module, y0, strategy, times, **options)  # finds the place
@@ -420,7 +420,7 @@ def test_numbers_drawn_first_in_any_stage_are_drawn_again(strategy: Strategy) ->
             wanted_y = backprop(module, y0, strategy, times, **options)
             assert problems.relative_error(y, wanted_y) <= 1e-14, f"evaluation {number}"
             assert_close(got, gradients(wanted_y, tensors))
-    assert found >= (3 if strategy.method else 11)
+    assert found >= (2 if strategy.method else 6)
 
 
 @every_strategy
