@@ -267,7 +267,9 @@ class DetachedField(Field):
     def graph(self, stage: Stage, wants_time: bool) -> StageGraph:
         """Evaluate ``f`` at a stage with its graph."""
         x = stage.x.detach().requires_grad_()
-        t = self.time(stage.t).requires_grad_(wants_time)
+        t = self.time(stage.t)
+        if wants_time:
+            t.requires_grad_()
         if stage.token is None:
             return StageGraph(t, x, self.call(t, x))
         with stage.token.restored():

@@ -132,6 +132,7 @@ class AdaptivePace:
         default_factory=lambda: collections.deque(maxlen=5)
     )
     failed: NonFiniteError | None = None
+    _tolerances: tuple[Tensor, Tensor] | None = None
 
     def propose(self, t: float) -> float:
         if self.attempts >= self.controller.max_steps:
@@ -179,11 +180,23 @@ class AdaptivePace:
 
     def scaled(self, x: Tensor, size: Tensor) -> Tensor:
         """The norm of ``x`` where the solution has magnitude ``size``."""
-        x = x / (size * self.setting.rtol + self.setting.atol)
-        if self.controller.norm is not None:
-            return self.controller.norm(x)
-        norm: Tensor = torch.linalg.vector_norm(x)
-        return norm / math.sqrt(max(x.numel(), 1))
+        if self._tolerances is None:
+            self._tolerances = self._beside(size)
+        rtol, atol = self._tolerances
+        norm: Norm = self.controller.norm or torch.linalg.vector_norm
+        return norm(x / torch.addcmul(atol, size, rtol))
+
+    def _beside(self, size: Tensor) -> tuple[Tensor, Tensor]:
+        """``rtol`` and ``atol`` as tensors beside the state: scaling an error is two operations.
+
+        The root of the mean in the default norm is taken into them.
+        """
+        factor = 1.0 if self.controller.norm is not None else math.sqrt(max(size.numel(), 1))
+        tolerances = (self.setting.rtol, self.setting.atol)
+        rtol, atol = (
+            torch.as_tensor(x, dtype=size.dtype, device=size.device) * factor for x in tolerances
+        )
+        return rtol, atol
 
     def _factor(self, error: float, accepted: bool) -> float:
         c, q = self.controller, self.error_order

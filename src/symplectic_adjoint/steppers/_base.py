@@ -110,9 +110,11 @@ class Reversal:
     Attributes:
         field: The field, with aliases that require grad.
         times: Where the cotangents of the step times go; None where none is wanted.
+        zero: A state of zeros, where sums begin.
     """
 
     field: DetachedField
+    zero: Tensor
     times: TimeCotangents | None = None
 
     def wants_time(self, n: int) -> bool:

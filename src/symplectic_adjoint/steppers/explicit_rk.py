@@ -187,7 +187,7 @@ class ExplicitRK:
         """Compute stage points until there are ``count``, evaluating ``f`` where they need it."""
         stages, h, y = step.stages, step.h, step.start.y
         for i in range(len(stages), count):
-            x = _combine(y, h, [(w, _value(field, stages[j])) for w, j in self.rows[i]])
+            x = _combine(field, y, h, stages, self.rows[i])
             t = step.t1 if self.c[i] == 1.0 else step.start.t + self.c[i] * h
             stages.append(Stage(t, x, None, step.tokens[i] if step.tokens else None))
 
@@ -276,6 +276,7 @@ class _Transpose:
         self.n = n
         self.step = step
         self.h = as_float(step.h)
+        self.zero = reversal.zero
         self.v: list[Tensor | None] = [None] * len(step.stages)
         self.dense = dense
         self.shares = self._dense_shares()
@@ -289,7 +290,8 @@ class _Transpose:
             if v is None:
                 continue
             if kappa is None:
-                kappa = torch.mul(v, self.h * weight)
+                # On small states quicker than a product, for which the factor becomes a tensor.
+                kappa = torch.add(self.zero, v, alpha=self.h * weight)
             else:
                 kappa.add_(v, alpha=self.h * weight)
         return kappa
@@ -323,12 +325,13 @@ class _Transpose:
 
     def start(self) -> Cotangent:
         """The cotangent of the step's start."""
-        known = [v for v in self.v if v is not None]
-        lam = known[0]
-        for v in known[1:]:
-            lam = lam + v
+        first, *rest = (v for v in self.v if v is not None)
+        # Out of place once, since a product may share its memory with a cotangent.
+        lam = first + (rest.pop() if rest else 0)
+        for v in rest:
+            lam += v
         if self.dense is not None:
-            lam = lam + self.dense.g.sum(0)
+            lam += self.dense.g.sum(0)
         mu = self.kappa(0)
         reports: list[Callable[[Tensor], None]] = []
         if mu is not None and (
@@ -365,14 +368,17 @@ def _value(field: Field, stage: Stage) -> Tensor:
     return field.evaluate(stage) if stage.k is None else stage.k
 
 
-def _combine(y: Tensor, h: Time, terms: Sequence[tuple[float, Tensor]]) -> Tensor:
-    """``y + h sum w k``."""
-    if not terms:
+def _combine(field: Field, y: Tensor, h: Time, stages: Sequence[Stage], row: Terms) -> Tensor:
+    """``y + h sum w k``, evaluating ``f`` where a stage has no value yet."""
+    if not row:
         return y
-    (weight, k), *rest = terms
     if isinstance(h, Tensor):
-        return y + scaled(h, sum((w * k for w, k in rest), start=weight * k))
-    x = torch.add(y, k, alpha=h * weight)
-    for weight, k in rest:
-        x.add_(k, alpha=h * weight)
+        (weight, first), *rest = row
+        start = weight * _value(field, stages[first])
+        return y + scaled(h, sum((w * _value(field, stages[j]) for w, j in rest), start=start))
+    x = None
+    for weight, j in row:
+        k = _value(field, stages[j])
+        x = torch.add(y, k, alpha=h * weight) if x is None else x.add_(k, alpha=h * weight)
+    assert x is not None
     return x
