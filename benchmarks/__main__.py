@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.peers import BASELINE, PEERS, Peer
 from benchmarks.problems import PROBLEMS, quick
-from benchmarks.suite import load, run_suite, save, write_atomically
+from benchmarks.suite import load, merged, run_suite, save, write_atomically
 from benchmarks.tables import markdown, plain
 
 ROOT = Path(__file__).parent.parent
@@ -47,8 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         save(results, options.out)
     print(plain(results))
     if options.write_docs:
-        save(results, RESULTS)
-        write_atomically(PAGE, markdown(results))
+        page = merged(load(RESULTS), results, list(PROBLEMS)) if RESULTS.exists() else results
+        save(page, RESULTS)
+        write_atomically(PAGE, markdown(page))
     records = [record for problem in results["problems"] for record in problem["records"]]
     return int(any(r["peer"].startswith("ours/") and r["refused"] for r in records))
 

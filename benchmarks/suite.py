@@ -44,13 +44,13 @@ def run_suite(
     """
     return {
         "quick": quick,
-        "when": datetime.date.today().isoformat(),
-        "machine": machine(peers),
         "problems": [
             {
                 "name": problem.name,
                 "title": describe(problem),
                 "rounds": rounds or problem.rounds,
+                "when": datetime.date.today().isoformat(),
+                "machine": machine(peers),
                 "records": [
                     record.as_json()
                     for record in measure(problem, peers, rounds or problem.rounds, quick, report)
@@ -59,6 +59,12 @@ def run_suite(
             for problem in problems
         ],
     }
+
+
+def merged(old: dict[str, Any], new: dict[str, Any], order: Sequence[str]) -> dict[str, Any]:
+    """The new results, and the old ones of problems that were not measured again."""
+    problems = {p["name"]: p for p in (*old["problems"], *new["problems"])}
+    return {**new, "problems": [problems[name] for name in order if name in problems]}
 
 
 def measure(

@@ -29,10 +29,11 @@ _TARGET_HEAD = ("problem", "ratio of", "peer", "target", "figure", "verdict")
 
 def plain(results: dict[str, Any]) -> str:
     """All tables for the terminal."""
-    parts = [_conditions(results)]
+    parts = ["Quick run on small problems."] if results["quick"] else []
     for problem in results["problems"]:
         records = _records(problem)
         parts.append(f"{problem['name']}: {problem['title']} ({problem['rounds']} rounds)")
+        parts.append(_conditions(problem))
         parts.append(_plain_table(_HEAD, _rows(records)))
         parts += [f"  {note}" for note in _notes(records)]
     if not results["quick"]:  # the targets are about the full problems
@@ -43,13 +44,13 @@ def plain(results: dict[str, Any]) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """The page of the documentation."""
     parts = [_INTRODUCTION, "## Targets", _markdown_table(_TARGET_HEAD, _target_rows(results))]
-    parts.append(_conditions(results))
     for problem in results["problems"]:
         records = _records(problem)
         parts.append(f"## {problem['name']}")
         parts.append(
             f"{problem['title'][0].upper()}{problem['title'][1:]}; {problem['rounds']} rounds."
         )
+        parts.append(_conditions(problem))
         parts.append(_markdown_table(_HEAD, _rows(records)))
         parts.append("\n".join(f"- {note}" for note in _notes(records)))
     parts.append(_METHOD)
@@ -106,17 +107,16 @@ def _target_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def _conditions(results: dict[str, Any]) -> str:
-    machine = results["machine"]
+def _conditions(problem: dict[str, Any]) -> str:
+    machine = problem["machine"]
     found = {name: version for name, version in machine["packages"].items() if version}
     parts = [
-        "Quick run on small problems" if results["quick"] else None,
         machine["processor"],
         f"{machine['cores']} cores",
-        f"{machine['threads']} threads of torch",
+        f"threads of torch: {machine['threads']}",
         f"Python {machine['python']}",
         *(f"{name} {version}" for name, version in found.items()),
-        results["when"],
+        problem["when"],
     ]
     return ", ".join(part for part in parts if part) + "."
 
@@ -166,7 +166,8 @@ printed by
 python -m benchmarks --write-docs
 ```
 
-with the extra `bench` installed; anyone can run it again."""
+with the extra `bench` installed; anyone can run it again. Named problems alone are measured anew
+(`python -m benchmarks spiral --write-docs`), and the page keeps what it says of the others."""
 
 _METHOD = f"""\
 ## How it is measured

@@ -230,8 +230,10 @@ def test_targets_compare_with_the_baseline() -> None:
 
 
 def results(record: Record) -> dict[str, Any]:
-    return {
-        "quick": False,
+    problem = {
+        "name": "long",
+        "title": "a",
+        "rounds": 3,
         "when": "2024-01-01",
         "machine": {
             "processor": "chip",
@@ -240,8 +242,9 @@ def results(record: Record) -> dict[str, Any]:
             "python": "3.11",
             "packages": {"torch": "2", "absent": None},
         },
-        "problems": [{"name": "long", "title": "a", "rounds": 3, "records": [record.as_json()]}],
+        "records": [record.as_json()],
     }
+    return {"quick": False, "problems": [problem]}
 
 
 def test_tables_show_gaps_as_dashes_and_name_who_did_not_run() -> None:
@@ -252,6 +255,16 @@ def test_tables_show_gaps_as_dashes_and_name_who_did_not_run() -> None:
     refused = results(Record("zuko/adjoint", refused="zuko is not installed"))
     for text in (tables.plain(refused), tables.markdown(refused)):
         assert "zuko/adjoint: not measured, zuko is not installed." in text
+
+
+def test_problems_that_are_not_measured_again_keep_their_figures() -> None:
+    old, new = results(record("ours/aca")), results(record("ours/mali"))
+    old["problems"].append({**old["problems"][0], "name": "spiral"})
+    found = suite.merged(old, new, ["spiral", "tabular", "long"])["problems"]
+    assert [(p["name"], p["records"][0]["peer"]) for p in found] == [
+        ("spiral", "ours/aca"),
+        ("long", "ours/mali"),
+    ]
 
 
 def test_the_page_of_the_documentation_is_what_the_results_say() -> None:
