@@ -24,7 +24,8 @@ from symplectic_adjoint._errors import (
     TableauError,
     UnknownNameError,
 )
-from symplectic_adjoint.api import odeint, solve
+from symplectic_adjoint.api import solve
+from symplectic_adjoint.compat.torchdiffeq import odeint, odeint_adjoint, odeint_dense
 from symplectic_adjoint.controllers import Adaptive, FixedGrid
 from symplectic_adjoint.diagnostics import GradientCheck, check_gradient, peak_memory
 from symplectic_adjoint.gradients import (
@@ -67,6 +68,8 @@ __all__ = [
     "UnknownNameError",
     "check_gradient",
     "odeint",
+    "odeint_adjoint",
+    "odeint_dense",
     "peak_memory",
     "solve",
 ]
