@@ -13,6 +13,9 @@ Example:
 from symplectic_adjoint._errors import (
     ArgumentError,
     CaptureError,
+    EventGradientError,
+    EventNotFoundError,
+    EventOutputError,
     FieldOutputError,
     NonFiniteError,
     SecondDerivativeError,
@@ -28,6 +31,7 @@ from symplectic_adjoint.api import solve
 from symplectic_adjoint.compat.torchdiffeq import odeint, odeint_adjoint, odeint_dense
 from symplectic_adjoint.controllers import Adaptive, FixedGrid
 from symplectic_adjoint.diagnostics import GradientCheck, check_gradient, peak_memory
+from symplectic_adjoint.events import Crossing, Event
 from symplectic_adjoint.gradients import (
     ACA,
     MALI,
@@ -50,6 +54,11 @@ __all__ = [
     "CaptureError",
     "Checkpoint",
     "Continuous",
+    "Crossing",
+    "Event",
+    "EventGradientError",
+    "EventNotFoundError",
+    "EventOutputError",
     "ExplicitRK",
     "FieldOutputError",
     "FixedGrid",

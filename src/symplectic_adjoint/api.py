@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from symplectic_adjoint import gradients, steppers
-from symplectic_adjoint._errors import ArgumentError
+from symplectic_adjoint._errors import ArgumentError, EventNotFoundError, SolveError, StepLimitError
 from symplectic_adjoint._types import Func
 from symplectic_adjoint.capture import Capture
 from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid
+from symplectic_adjoint.events import Event, FlatEvent, listed
 from symplectic_adjoint.gradients import Strategy
 from symplectic_adjoint.gradients._job import Job, execute
 from symplectic_adjoint.problem import Problem, flat_func
 from symplectic_adjoint.progress import reporter
 from symplectic_adjoint.solution import Solution
 from symplectic_adjoint.steppers import Stepper
+
+EVENT_STEPS = 20_000
+"""Limit of an endless solve whose controller sets none."""
 
 
 def solve(
@@ -32,6 +39,7 @@ def solve(
     controller: Controller | None = None,
     gradient: str | Strategy = "symplectic",
     params: Sequence[Tensor] | None = None,
+    event: Callable[..., Tensor] | Event | Sequence[Any] | None = None,
     throw: bool = True,
     dense: bool = False,
     progress: bool | Callable[[float], None] | None = None,
@@ -56,13 +64,17 @@ def solve(
             estimates its error; otherwise the grid is ``t``.
         gradient: A strategy or its name (``gradients.names()``).
         params: When given, gradients go to ``y0``, ``t`` and these tensors only.
+        event: Ends the solve early: a function ``(t, y, *args) -> value``, an ``Event``, or a
+            sequence of these. The solve ends where an element of a value first changes its sign;
+            ``solution.event`` says when, where and which, and is None if nothing happened before
+            ``t[-1]``. With an event ``t[-1]`` may be infinite.
         throw: Whether a solve that cannot reach ``t[-1]`` raises; otherwise the valid prefix is
             returned with its status.
         dense: Keep every step, so that ``solution.dense(t)`` works.
         progress: True for a progress meter, or a function called with each time reached.
 
     Returns:
-        The solution; ``solution.y`` has shape (T, ...).
+        The solution; ``solution.y`` has shape (T, ...), with as many times as were reached.
 
     Raises:
         ArgumentError: An argument is unusable.
@@ -70,6 +82,9 @@ def solve(
         CaptureError: ``func`` depends on a tensor whose gradient would be lost.
         SolveError: ``t[-1]`` could not be reached (``NonFiniteError``, ``StepUnderflowError``,
             ``StepLimitError``); its ``solution`` holds the valid prefix.
+        EventNotFoundError: ``t[-1]`` is infinite and no event occurred within the controller's
+            ``max_steps``, or 20 000 steps where it sets no limit.
+        EventOutputError: An event function returned no real tensor.
 
     Example:
         >>> import torch
@@ -83,9 +98,13 @@ def solve(
     strategy = gradients.get(gradient)
     stepper = resolved_stepper(method, strategy)
     strategy.check(stepper)
-    problem = Problem.of(y0, t)
+    events = listed(event)
+    problem = Problem.of(y0, t, endless=bool(events))
     if controller is None:
         controller = FixedGrid() if stepper.error_order is None else Adaptive()
+    endless = math.isinf(problem.times[-1])
+    if endless:
+        problem, controller = _limited(problem, controller)
     arguments = list(args)
     job = Job(
         func=flat_func(func, problem.spec, arguments),
@@ -99,8 +118,15 @@ def solve(
         atol=atol,
         report=reporter(progress, problem.times[0], problem.times[-1]),
         keep_dense=dense,
+        events=[
+            FlatEvent(each, i, problem.spec, arguments, Capture(each.func, arguments, params))
+            for i, each in enumerate(events)
+        ],
     )
+    error: SolveError | None
     solution, error = execute(job)
+    if endless and solution.event is None and isinstance(error, StepLimitError | None):
+        error = _not_found(solution)
     solution.t = (t if isinstance(t, Tensor) else problem.t)[: len(solution.t)]
     if error is not None:
         solution.status, solution.message = error.status, str(error)
@@ -132,6 +158,33 @@ def _check(func: Any, args: Any, controller: Any) -> None:
         raise ArgumentError(
             f"controller = {controller!r} must be a controller such as Adaptive() or FixedGrid()"
         )
+
+
+def _limited(problem: Problem, controller: Controller) -> tuple[Problem, Controller]:
+    """An endless solve within a limit of steps."""
+    if isinstance(controller, Adaptive):
+        if controller.max_steps == Adaptive.max_steps:
+            controller = replace(controller, max_steps=EVENT_STEPS)
+        return problem, controller
+    if not isinstance(controller, FixedGrid) or controller.step_size is None:
+        raise ArgumentError(
+            f"t[-1] = {problem.times[-1]} needs steps of a known size: use a method with an error "
+            "estimate, FixedGrid(step_size=...) (in odeint options={'step_size': ...}), or end t "
+            "where the event must have happened"
+        )
+    span = problem.direction * controller.step_size * EVENT_STEPS
+    t = torch.cat([problem.t[:-1], problem.t[:1] + span])
+    return replace(problem, t=t, times=tuple(t.tolist())), controller
+
+
+def _not_found(solution: Solution) -> EventNotFoundError:
+    steps = solution.stats.accepted + solution.stats.rejected
+    return EventNotFoundError(
+        f"no event within {steps} steps, which reached t = {float(solution.steps[-1]):.17g}. Check "
+        "the sign and the direction of the event function, end t where the event must have "
+        "happened, or allow more steps with controller=Adaptive(max_steps=...) (in odeint "
+        "options={'max_num_steps': ...})"
+    )
 
 
 def _grid(controller: Controller, func: Func, y0: Any, problem: Problem) -> Tensor | None:
