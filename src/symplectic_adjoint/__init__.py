@@ -13,6 +13,9 @@ Example:
 from symplectic_adjoint._errors import (
     ArgumentError,
     CaptureError,
+    EventGradientError,
+    EventNotFoundError,
+    EventOutputError,
     FieldOutputError,
     NonFiniteError,
     SecondDerivativeError,
@@ -24,9 +27,11 @@ from symplectic_adjoint._errors import (
     TableauError,
     UnknownNameError,
 )
-from symplectic_adjoint.api import odeint, solve
+from symplectic_adjoint.api import solve
+from symplectic_adjoint.compat.torchdiffeq import odeint, odeint_adjoint, odeint_dense
 from symplectic_adjoint.controllers import Adaptive, FixedGrid
 from symplectic_adjoint.diagnostics import GradientCheck, check_gradient, peak_memory
+from symplectic_adjoint.events import Crossing, Event
 from symplectic_adjoint.gradients import (
     ACA,
     MALI,
@@ -49,6 +54,11 @@ __all__ = [
     "CaptureError",
     "Checkpoint",
     "Continuous",
+    "Crossing",
+    "Event",
+    "EventGradientError",
+    "EventNotFoundError",
+    "EventOutputError",
     "ExplicitRK",
     "FieldOutputError",
     "FixedGrid",
@@ -67,6 +77,8 @@ __all__ = [
     "UnknownNameError",
     "check_gradient",
     "odeint",
+    "odeint_adjoint",
+    "odeint_dense",
     "peak_memory",
     "solve",
 ]

@@ -15,6 +15,8 @@ class Status(enum.Enum):
     NON_FINITE = "non-finite value"
     STEP_UNDERFLOW = "step underflow"
     STEP_LIMIT = "step limit"
+    EVENT = "event"
+    NO_EVENT = "no event"
 
 
 class SymplecticAdjointError(Exception):
@@ -52,6 +54,14 @@ class CaptureError(SymplecticAdjointError, RuntimeError):
     """``func`` depends on a tensor that requires grad and that could not be found."""
 
 
+class EventOutputError(SymplecticAdjointError, TypeError):
+    """An event function returned something that has no sign."""
+
+
+class EventGradientError(SymplecticAdjointError, RuntimeError):
+    """An event function has slope zero where it changes its sign: the time has no derivative."""
+
+
 class SecondDerivativeError(SymplecticAdjointError, RuntimeError):
     """A second derivative was asked of a strategy that cannot give the right one."""
 
@@ -84,3 +94,9 @@ class StepLimitError(SolveError):
     """More steps were needed than ``max_steps`` allows."""
 
     status = Status.STEP_LIMIT
+
+
+class EventNotFoundError(SolveError):
+    """An event without which a solve has no end did not occur within the limit of steps."""
+
+    status = Status.NO_EVENT

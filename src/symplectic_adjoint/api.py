@@ -1,24 +1,30 @@
-"""The front door: ``solve`` and ``odeint``."""
+"""The front door: ``solve``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from symplectic_adjoint import gradients, steppers
-from symplectic_adjoint._errors import ArgumentError, UnknownNameError
+from symplectic_adjoint._errors import ArgumentError, EventNotFoundError, SolveError, StepLimitError
 from symplectic_adjoint._types import Func
 from symplectic_adjoint.capture import Capture
 from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid
-from symplectic_adjoint.dense import linear
+from symplectic_adjoint.events import Event, FlatEvent, listed
 from symplectic_adjoint.gradients import Strategy
 from symplectic_adjoint.gradients._job import Job, execute
 from symplectic_adjoint.problem import Problem, flat_func
 from symplectic_adjoint.progress import reporter
 from symplectic_adjoint.solution import Solution
-from symplectic_adjoint.steppers import ExplicitRK, Stepper
+from symplectic_adjoint.steppers import Stepper
+
+EVENT_STEPS = 20_000
+"""Limit of an endless solve whose controller sets none."""
 
 
 def solve(
@@ -33,6 +39,7 @@ def solve(
     controller: Controller | None = None,
     gradient: str | Strategy = "symplectic",
     params: Sequence[Tensor] | None = None,
+    event: Callable[..., Tensor] | Event | Sequence[Any] | None = None,
     throw: bool = True,
     dense: bool = False,
     progress: bool | Callable[[float], None] | None = None,
@@ -57,13 +64,17 @@ def solve(
             estimates its error; otherwise the grid is ``t``.
         gradient: A strategy or its name (``gradients.names()``).
         params: When given, gradients go to ``y0``, ``t`` and these tensors only.
+        event: Ends the solve early: a function ``(t, y, *args) -> value``, an ``Event``, or a
+            sequence of these. The solve ends where an element of a value first changes its sign;
+            ``solution.event`` says when, where and which, and is None if nothing happened before
+            ``t[-1]``. With an event ``t[-1]`` may be infinite.
         throw: Whether a solve that cannot reach ``t[-1]`` raises; otherwise the valid prefix is
             returned with its status.
         dense: Keep every step, so that ``solution.dense(t)`` works.
         progress: True for a progress meter, or a function called with each time reached.
 
     Returns:
-        The solution; ``solution.y`` has shape (T, ...).
+        The solution; ``solution.y`` has shape (T, ...), with as many times as were reached.
 
     Raises:
         ArgumentError: An argument is unusable.
@@ -71,6 +82,9 @@ def solve(
         CaptureError: ``func`` depends on a tensor whose gradient would be lost.
         SolveError: ``t[-1]`` could not be reached (``NonFiniteError``, ``StepUnderflowError``,
             ``StepLimitError``); its ``solution`` holds the valid prefix.
+        EventNotFoundError: ``t[-1]`` is infinite and no event occurred within the controller's
+            ``max_steps``, or 20 000 steps where it sets no limit.
+        EventOutputError: An event function returned no real tensor.
 
     Example:
         >>> import torch
@@ -84,9 +98,13 @@ def solve(
     strategy = gradients.get(gradient)
     stepper = resolved_stepper(method, strategy)
     strategy.check(stepper)
-    problem = Problem.of(y0, t)
+    events = listed(event)
+    problem = Problem.of(y0, t, endless=bool(events))
     if controller is None:
         controller = FixedGrid() if stepper.error_order is None else Adaptive()
+    endless = math.isinf(problem.times[-1])
+    if endless:
+        problem, controller = _limited(problem, controller)
     arguments = list(args)
     job = Job(
         func=flat_func(func, problem.spec, arguments),
@@ -100,8 +118,15 @@ def solve(
         atol=atol,
         report=reporter(progress, problem.times[0], problem.times[-1]),
         keep_dense=dense,
+        events=[
+            FlatEvent(each, i, problem.spec, arguments, Capture(each.func, arguments, params))
+            for i, each in enumerate(events)
+        ],
     )
+    error: SolveError | None
     solution, error = execute(job)
+    if endless and solution.event is None and isinstance(error, StepLimitError | None):
+        error = _not_found(solution)
     solution.t = (t if isinstance(t, Tensor) else problem.t)[: len(solution.t)]
     if error is not None:
         solution.status, solution.message = error.status, str(error)
@@ -109,91 +134,6 @@ def solve(
             error.solution = solution
             raise error
     return solution
-
-
-def odeint(
-    func: Func,
-    y0: Any,
-    t: Any,
-    *,
-    rtol: float | Tensor = 1e-7,
-    atol: float | Tensor = 1e-9,
-    method: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    gradient: str | Strategy = "symplectic",
-    params: Sequence[Tensor] | None = None,
-) -> Any:
-    """Solve an initial value problem with torchdiffeq's signature.
-
-    Args:
-        func: Gives the derivative: ``func(t, y)``.
-        y0: Initial state: a tensor or a pytree of tensors.
-        t: Output times (T,), strictly monotone.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
-        method: Name of a method; "dopri5" by default.
-        options: For methods with an error estimate ``first_step``, ``safety``, ``ifactor``,
-            ``dfactor``, ``max_num_steps``, ``min_step``, ``max_step``, ``norm``; for the others
-            ``step_size``, ``grid_constructor`` and ``interp`` ("linear" or "cubic").
-        gradient: A strategy or its name.
-        params: When given, gradients go to ``y0``, ``t`` and these tensors only.
-
-    Returns:
-        The solution at ``t``: (T, ...), or a pytree like ``y0`` with such leaves.
-
-    Raises:
-        ArgumentError: An argument is unusable.
-        SolveError: ``t[-1]`` could not be reached.
-
-    Example:
-        >>> import torch
-        >>> y = odeint(lambda t, y: -y, torch.ones(3), torch.linspace(0.0, 1.0, 5))
-        >>> y.shape
-        torch.Size([5, 3])
-    """
-    stepper = resolved_stepper(method, gradients.get(gradient))
-    stepper, controller = _from_options(stepper, options or {})
-    return solve(
-        func,
-        y0,
-        t,
-        method=stepper,
-        rtol=rtol,
-        atol=atol,
-        controller=controller,
-        gradient=gradient,
-        params=params,
-    ).y
-
-
-_ADAPTIVE_OPTIONS = {
-    "first_step": "first_step",
-    "safety": "safety",
-    "ifactor": "factor_max",
-    "dfactor": "factor_min",
-    "max_num_steps": "max_steps",
-    "min_step": "min_step",
-    "max_step": "max_step",
-    "norm": "norm",
-}
-_FIXED_OPTIONS = ("step_size", "grid_constructor", "interp")
-
-
-def _from_options(stepper: Stepper, options: Mapping[str, Any]) -> tuple[Stepper, Controller]:
-    adaptive = stepper.error_order is not None
-    valid = tuple(_ADAPTIVE_OPTIONS) if adaptive else _FIXED_OPTIONS
-    for name in options:
-        if name not in valid:
-            raise UnknownNameError(f"option of method {stepper.name!r}", name, valid)
-    if adaptive:
-        return stepper, Adaptive(**{_ADAPTIVE_OPTIONS[k]: v for k, v in options.items()})
-    grid = {k: v for k, v in options.items() if k != "interp"}
-    interp = options.get("interp", "linear")
-    if interp not in ("linear", "cubic"):
-        raise UnknownNameError("interp", interp, ("linear", "cubic"))
-    if interp == "linear" and isinstance(stepper, ExplicitRK):
-        stepper = ExplicitRK(stepper.tableau, linear(stepper.tableau.b))
-    return stepper, FixedGrid(**grid)
 
 
 def resolved_stepper(method: str | Stepper | None, strategy: Strategy) -> Stepper:
@@ -218,6 +158,33 @@ def _check(func: Any, args: Any, controller: Any) -> None:
         raise ArgumentError(
             f"controller = {controller!r} must be a controller such as Adaptive() or FixedGrid()"
         )
+
+
+def _limited(problem: Problem, controller: Controller) -> tuple[Problem, Controller]:
+    """An endless solve within a limit of steps."""
+    if isinstance(controller, Adaptive):
+        if controller.max_steps == Adaptive.max_steps:
+            controller = replace(controller, max_steps=EVENT_STEPS)
+        return problem, controller
+    if not isinstance(controller, FixedGrid) or controller.step_size is None:
+        raise ArgumentError(
+            f"t[-1] = {problem.times[-1]} needs steps of a known size: use a method with an error "
+            "estimate, FixedGrid(step_size=...) (in odeint options={'step_size': ...}), or end t "
+            "where the event must have happened"
+        )
+    span = problem.direction * controller.step_size * EVENT_STEPS
+    t = torch.cat([problem.t[:-1], problem.t[:1] + span])
+    return replace(problem, t=t, times=tuple(t.tolist())), controller
+
+
+def _not_found(solution: Solution) -> EventNotFoundError:
+    steps = solution.stats.accepted + solution.stats.rejected
+    return EventNotFoundError(
+        f"no event within {steps} steps, which reached t = {float(solution.steps[-1]):.17g}. Check "
+        "the sign and the direction of the event function, end t where the event must have "
+        "happened, or allow more steps with controller=Adaptive(max_steps=...) (in odeint "
+        "options={'max_num_steps': ...})"
+    )
 
 
 def _grid(controller: Controller, func: Func, y0: Any, problem: Problem) -> Tensor | None:

@@ -180,6 +180,13 @@ class OutputTimes:
         """Places ``theta`` of a step's dense outputs within it, float64 on the CPU."""
         return (self.tensor[outputs.first : outputs.stop] - t) / (t1 - t)
 
+    def stop(self, t: float) -> None:
+        """Let ``t`` be the last output time, a constant that is interpolated wherever it lies."""
+        count = sum((t - time) * self.direction >= 0 for time in self.times)
+        self.times = (*self.times[:count], t)
+        self.tensor = torch.cat([self.tensor[:count], self.tensor.new_tensor([t])])
+        self.hits = lambda t1: False
+
 
 @dataclass
 class Run:
@@ -191,6 +198,7 @@ class Run:
         y: Solution at the output times reached, (T', ...).
         end: The last state.
         error: Why the solve stopped early, or None.
+        event: What ended it before its end, or None; the last output is the solution there.
     """
 
     nodes: list[float]
@@ -198,6 +206,7 @@ class Run:
     y: Tensor = field(default_factory=lambda: torch.empty(0))
     end: Any = None
     error: SolveError | None = None
+    event: Any = None
 
 
 def run(
@@ -209,6 +218,7 @@ def run(
     keep: Callable[[int, Any, Outputs], None],
     graph: bool,
     report: Callable[[float], None] | None = None,
+    watch: Callable[[Field, Stepper, Any], Any] | None = None,
 ) -> Run:
     """Drive a solve: write the outputs, and hand each step to ``keep``.
 
@@ -221,12 +231,18 @@ def run(
         keep: Called with (n, step, outputs) for each accepted step.
         graph: Whether outputs stay on the graph.
         report: Called with each time reached.
+        watch: Called with (field, stepper, step) for each accepted step; what it returns, if
+            anything, happens at a time ``.t`` within the step and ends the solve there.
     """
     result = Run([as_float(state.t)], end=state)
-    writer = _GraphWriter(state.y) if graph else _Writer(state.y, len(output_times.times))
+    count = len(output_times.times) + (watch is not None)
+    writer = _GraphWriter(state.y) if graph else _Writer(state.y, count)
     try:
         for step in steps:
             t1 = as_float(step.t1)
+            if watch is not None and (event := watch(field, stepper, step)) is not None:
+                result.event = event
+                output_times.stop(event.t)
             outputs = output_times.take(t1)
             if outputs.dense:
                 theta = output_times.places(outputs, step.start.t, step.t1)
@@ -240,6 +256,8 @@ def run(
             if report is not None:
                 report(t1)
             del step
+            if result.event is not None:
+                break
     except SolveError as error:
         result.error = error
     result.y = writer.result(output_times.next)

@@ -36,8 +36,13 @@ class Problem:
         return 1.0 if self.times[-1] > self.times[0] else -1.0
 
     @staticmethod
-    def of(y0: Any, t: Any) -> Problem:
+    def of(y0: Any, t: Any, endless: bool = False) -> Problem:
         """Check and normalise a caller's ``y0`` and ``t``.
+
+        Args:
+            y0: The caller's initial state.
+            t: The caller's times.
+            endless: Whether the last time may be infinite.
 
         Raises:
             ArgumentError: ``y0`` is no pytree of floating-point tensors or is not finite, or
@@ -50,7 +55,7 @@ class Problem:
                 f"y0 holds {len(bad)} non-finite value(s), the first at "
                 f"{spec.locate(int(bad[0]))}; clean the initial state"
             )
-        times_tensor = _times(t)
+        times_tensor = _times(t, endless)
         return Problem(flat, times_tensor, tuple(times_tensor.tolist()), spec)
 
 
@@ -61,7 +66,7 @@ def flat_func(func: Func, spec: StateSpec, args: Sequence[Any]) -> FlatFunc:
     return lambda t, y: spec.flatten_like(func(t, spec.unflatten(y), *args))
 
 
-def _times(t: Any) -> Tensor:
+def _times(t: Any, endless: bool) -> Tensor:
     try:
         times = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -75,8 +80,9 @@ def _times(t: Any) -> Tensor:
         )
     times = times.to("cpu", torch.float64)
     values = times.detach()
-    if not bool(torch.isfinite(values).all()):
-        where = int((~torch.isfinite(values)).nonzero()[0])
+    needed = values[:-1] if endless and not bool(values[-1:].isnan()) else values
+    if not bool(torch.isfinite(needed).all()):
+        where = int((~torch.isfinite(needed)).nonzero()[0])
         raise ArgumentError(f"t[{where}] = {float(values[where])} is not finite; remove it")
     gaps = values.diff()
     wrong = ((gaps * gaps.sum().sign()) <= 0).nonzero()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from symplectic_adjoint._errors import ArgumentError, Status
+from symplectic_adjoint.events import Crossing
 from symplectic_adjoint.loop import Stats
 
 
@@ -20,10 +21,13 @@ class Solution:
     Attributes:
         t: Output times reached (T,), in the caller's order.
         y: Solution there: (T, ...), or a pytree like ``y0`` with such leaves.
-        steps: Accepted grid (N + 1,), float64 on the CPU, from ``t[0]`` to the time reached.
+        steps: Accepted grid (N + 1,), float64 on the CPU, from ``t[0]`` to the time reached; the
+            last step runs past an event that it holds.
         stats: Counts of steps and evaluations; the backward pass fills in its own.
-        status: How the solve ended; anything but ``Status.SUCCESS`` only with ``throw=False``.
+        status: How the solve ended; anything but ``Status.SUCCESS`` and ``Status.EVENT`` only with
+            ``throw=False``.
         message: What went wrong, or an empty string.
+        event: The event that ended the solve, or None where none did.
     """
 
     t: Tensor
@@ -32,6 +36,7 @@ class Solution:
     stats: Stats
     status: Status = Status.SUCCESS
     message: str = ""
+    event: Crossing | None = None
     _dense: Callable[[Tensor], Any] | None = field(default=None, repr=False)
 
     def dense(self, t: Any) -> Any:
@@ -50,7 +55,8 @@ class Solution:
         if self._dense is None:
             raise ArgumentError("the steps were not kept; call solve(..., dense=True)")
         times = torch.as_tensor(t, dtype=torch.float64, device="cpu")
-        low, high = sorted((float(self.steps[0]), float(self.steps[-1])))
+        end = self.steps[-1] if self.event is None else self.event.t.detach()
+        low, high = sorted((float(self.steps[0]), float(end)))
         values = times.detach()
         if values.numel() and not (low <= float(values.min()) and float(values.max()) <= high):
             raise ArgumentError(

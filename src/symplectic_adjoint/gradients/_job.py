@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symplectic_adjoint._errors import SolveError
+from symplectic_adjoint._errors import SolveError, Status
 from symplectic_adjoint._types import FlatFunc, Time
 from symplectic_adjoint.capture import Capture, detached
 from symplectic_adjoint.controllers import Controller, FixedGrid, GridPace, Setting
+from symplectic_adjoint.events import Crossing, FlatEvent, Watch
 from symplectic_adjoint.field import Field, GraphField, RandomState, Rediscovered
 from symplectic_adjoint.gradients._base import Counts, Record, Strategy
 from symplectic_adjoint.gradients._dense import GraphDense, RecordedDense
+from symplectic_adjoint.gradients._event import Located, replaying
 from symplectic_adjoint.gradients._function import Autocast, Tape, attach
 from symplectic_adjoint.gradients.backprop import Backprop
 from symplectic_adjoint.gradients.checkpoint import Checkpoint
@@ -47,6 +50,7 @@ class Job:
     atol: float | Tensor
     report: Callable[[float], None] | None
     keep_dense: bool
+    events: Sequence[FlatEvent] = ()
     random: bool = False
     spent: int = 0
 
@@ -66,7 +70,8 @@ class Job:
 
     @property
     def wants_grad(self) -> bool:
-        inputs = (self.problem.y0, self.problem.t, *self.capture.tensors)
+        inputs = [self.problem.y0, self.problem.t, *self.capture.tensors]
+        inputs += (x for event in self.events for x in event.capture.tensors)
         return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
     def hits(self, t1: float) -> bool:
@@ -78,6 +83,13 @@ class Job:
             return True
         constructed = isinstance(self.controller, FixedGrid) and self.controller.grid_constructor
         return t1 == self.problem.times[-1] and not constructed
+
+    def output_times(self, result: Run) -> Tensor:
+        """The output times reached, on the graph of ``t``; that of an event is a constant."""
+        t = self.problem.t
+        if result.event is None:
+            return t[: len(result.y)]
+        return torch.cat([t[: len(result.y) - 1], t.detach().new_tensor([result.event.t])])
 
     def nodes(self, reached: Sequence[float]) -> Tensor:
         """Step times on the graph of ``t``, where they follow it."""
@@ -133,9 +145,11 @@ def _backprop(job: Job) -> tuple[Solution, SolveError | None]:
     if job.wants_time:
         knots = dict(zip(nodes.tolist(), nodes.unbind(), strict=True))
     times = _output_times(job, job.problem.t if job.wants_time else job.problem.t.detach())
-    steps: list[Any] = []
-    keep = (lambda n, step, outputs: steps.append(step)) if job.keep_dense else _nothing
+    steps: collections.deque[Any] = collections.deque(
+        maxlen=None if job.keep_dense else min(len(job.events), 1)
+    )
     with job.capture.substituted(job.capture.tensors):
+        keep = lambda n, step, outputs: steps.append(step)  # noqa: E731
         result, stats = _run(job, field, knots, times, keep, graph=True)
     dense = (
         GraphDense(job.problem, job.stepper, job.capture, field, steps) if job.keep_dense else None
@@ -143,7 +157,14 @@ def _backprop(job: Job) -> tuple[Solution, SolveError | None]:
     if result.y.requires_grad:
         counts = job.strategy.counts(job.stepper, SolveShape.of(result.outputs))
         result.y.register_hook(functools.partial(_write_counts, stats, counts))
-    return _solution(job, result, stats, result.y, dense), result.error
+
+    def again(tau: Tensor, y: Tensor) -> Tensor:
+        with job.capture.substituted(job.capture.tensors):
+            step = steps[-1]
+            theta = (tau - step.start.t) / (step.t1 - step.start.t)
+            return job.stepper.interpolate(field, step, theta.reshape(1))[0]
+
+    return _solution(job, field, result, stats, result.y, dense, again), result.error
 
 
 def _write_counts(stats: Stats, counts: Counts, g: Tensor) -> None:
@@ -186,8 +207,9 @@ def _recorded(job: Job) -> tuple[Solution, SolveError | None]:
     nodes = job.nodes(result.nodes)
     dense = RecordedDense(job.problem, tape, saved, nodes, wants_grad) if job.keep_dense else None
     if wants_grad:
-        y = attach(tape, y, y0, nodes, job.problem.t[: len(y)])
-    return _solution(job, result, stats, y, dense), result.error
+        y = attach(tape, y, y0, nodes, job.output_times(result))
+    again = replaying(tape, y0, nodes, job.random)
+    return _solution(job, field, result, stats, y, dense, again), result.error
 
 
 def _run(
@@ -208,21 +230,24 @@ def _run(
     state = job.stepper.begin(start, y0)
     before = RandomState(field.device)
 
+    watch = Watch(job.events) if job.events else None
+
     def steps() -> Iterator[Any]:
         # Begun here, so that a solve that fails while it chooses its first step has a prefix, too.
         pace = job.controller.begin(field, job.stepper, state, job.setting)
         if isinstance(pace, GridPace):
-            pace.checked = checked
+            pace.checked = checked or watch is not None
         end = job.problem.times[-1]
         yield from integrate(field, job.stepper, pace, state, end, knots, stats)
 
     try:
-        result = run(field, job.stepper, steps(), state, times, keep, graph, job.report)
+        result = run(field, job.stepper, steps(), state, times, keep, graph, job.report, watch)
     except Rediscovered:
         job.spent += field.evaluations
         raise
     stats.evaluations = job.spent + field.evaluations
-    if job.grid is not None and not checked and not bool(torch.isfinite(result.y).all()):
+    unchecked = job.grid is not None and watch is None and not checked
+    if unchecked and not bool(torch.isfinite(result.y).all()):
         before.set()
         return _run(job, field, knots, replace(times, next=1), keep, graph, checked=True)
     return result, stats
@@ -273,12 +298,27 @@ def _wanted(job: Job, last: int) -> Callable[[int], bool]:
 
 
 def _solution(
-    job: Job, result: Run, stats: Stats, y: Tensor, dense: Callable[[Tensor], Any] | None
+    job: Job,
+    field: Field,
+    result: Run,
+    stats: Stats,
+    y: Tensor,
+    dense: Callable[[Tensor], Any] | None,
+    again: Callable[[Tensor, Tensor], Tensor],
 ) -> Solution:
+    spec, event = job.problem.spec, None
+    if result.event is not None:
+        # Two tensors of their own, so that the caller may change either in place.
+        located = Located(result.event, field, Autocast(field.device), again)
+        tau, end = located.attach(y[-1].clone())
+        y = y[:-1].clone()
+        event = Crossing(tau, spec.unflatten(end), result.event.event.index, result.event.component)
     return Solution(
         t=job.problem.t[: len(y)],
-        y=job.problem.spec.unflatten(y),
+        y=spec.unflatten(y),
         steps=torch.tensor(result.nodes, dtype=torch.float64),
         stats=stats,
+        event=event,
+        status=Status.SUCCESS if event is None else Status.EVENT,
         _dense=dense,
     )
