@@ -35,6 +35,7 @@ from symplectic_adjoint.gradients import (
     Continuous,
     Symplectic,
 )
+from symplectic_adjoint.interpolation import Interpolation, fill_missing
 from symplectic_adjoint.loop import Stats
 from symplectic_adjoint.solution import Solution
 from symplectic_adjoint.steppers import ALF, ExplicitRK
@@ -53,6 +54,7 @@ __all__ = [
     "FieldOutputError",
     "FixedGrid",
     "GradientCheck",
+    "Interpolation",
     "NonFiniteError",
     "SecondDerivativeError",
     "Solution",
@@ -66,6 +68,7 @@ __all__ = [
     "TableauError",
     "UnknownNameError",
     "check_gradient",
+    "fill_missing",
     "odeint",
     "peak_memory",
     "solve",
