@@ -37,6 +37,7 @@ from symplectic_adjoint.gradients import (
 )
 from symplectic_adjoint.interpolation import Interpolation, fill_missing
 from symplectic_adjoint.loop import Stats
+from symplectic_adjoint.models import Autonomous, NeuralODE
 from symplectic_adjoint.solution import Solution
 from symplectic_adjoint.steppers import ALF, ExplicitRK
 
@@ -46,6 +47,7 @@ __all__ = [
     "MALI",
     "Adaptive",
     "ArgumentError",
+    "Autonomous",
     "Backprop",
     "CaptureError",
     "Checkpoint",
@@ -55,6 +57,7 @@ __all__ = [
     "FixedGrid",
     "GradientCheck",
     "Interpolation",
+    "NeuralODE",
     "NonFiniteError",
     "SecondDerivativeError",
     "Solution",
