@@ -775,6 +775,35 @@ def test_leaves_that_func_makes_itself_are_no_dependency() -> None:
         assert problems.worst(got, wanted)[0] <= BOUND
 
 
+def by_a_leaf_of_its_own(x: Tensor) -> Tensor:
+    return x.clone().requires_grad_()
+
+
+def by_the_argument_itself(x: Tensor) -> Tensor:
+    return x.requires_grad_()
+
+
+@pytest.mark.parametrize("prepared", [by_a_leaf_of_its_own, by_the_argument_itself])
+def test_a_function_that_differentiates_inside_itself_is_evaluated_once_a_stage(
+    prepared: Callable[[Tensor], Tensor],
+) -> None:
+    net = linear()
+
+    def flow(t: Tensor, state: Any) -> Any:
+        with torch.enable_grad():
+            x = prepared(state[0])
+            dx = torch.tanh(net(x))
+            (product,) = torch.autograd.grad(dx, x, torch.ones_like(dx), create_graph=True)
+        return dx, product.sum(-1)
+
+    y0 = leaf(2, 3), torch.zeros(2, dtype=torch.float64)
+    grid = sa.FixedGrid(step_size=0.25)
+    sol = sa.solve(flow, y0, [0.0, 1.0], method="rk4", controller=grid)
+    assert sol.stats.evaluations == 16
+    sol.y[1][-1].sum().backward()
+    assert sol.stats.backward_evaluations == 16
+
+
 # params= ---------------------------------------------------------------------------------------
 
 

@@ -40,7 +40,9 @@ from symplectic_adjoint.gradients import (
     Continuous,
     Symplectic,
 )
+from symplectic_adjoint.interpolation import Interpolation, fill_missing
 from symplectic_adjoint.loop import Stats
+from symplectic_adjoint.models import Autonomous, NeuralODE
 from symplectic_adjoint.solution import Solution
 from symplectic_adjoint.steppers import ALF, ExplicitRK
 
@@ -50,6 +52,7 @@ __all__ = [
     "MALI",
     "Adaptive",
     "ArgumentError",
+    "Autonomous",
     "Backprop",
     "CaptureError",
     "Checkpoint",
@@ -63,6 +66,8 @@ __all__ = [
     "FieldOutputError",
     "FixedGrid",
     "GradientCheck",
+    "Interpolation",
+    "NeuralODE",
     "NonFiniteError",
     "SecondDerivativeError",
     "Solution",
@@ -76,6 +81,7 @@ __all__ = [
     "TableauError",
     "UnknownNameError",
     "check_gradient",
+    "fill_missing",
     "odeint",
     "odeint_adjoint",
     "odeint_dense",

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from symplectic_adjoint import gradients, steppers
 from symplectic_adjoint._errors import ArgumentError, EventNotFoundError, SolveError, StepLimitError
@@ -152,6 +152,11 @@ def resolved_stepper(method: str | Stepper | None, strategy: Strategy) -> Steppe
 def _check(func: Any, args: Any, controller: Any) -> None:
     if not callable(func):
         raise ArgumentError(f"func = {func!r} is not callable; give func(t, y) -> dy/dt")
+    if isinstance(func, nn.Sequential) and type(func).forward is nn.Sequential.forward:
+        raise ArgumentError(
+            "func is an nn.Sequential, which takes one argument, but func(t, y) gets two; a "
+            "network of the state alone is sa.Autonomous(network)"
+        )
     if isinstance(args, Tensor):
         raise ArgumentError("args is a tensor; give a tuple of arguments, e.g. args=(tensor,)")
     if controller is not None and not hasattr(controller, "begin"):

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import TensorWeakRef
 
 from symplectic_adjoint._errors import ArgumentError, CaptureError
 
@@ -480,10 +481,14 @@ def graph_leaves(output: Tensor, cut: Collection[tuple[Any, int]] = ()) -> list[
     return leaves
 
 
-def foreign_leaves(output: Tensor, known: Iterable[Tensor]) -> bool:
-    """Whether ``output``'s graph reaches a leaf that is not among ``known``."""
+def foreign_leaves(output: Tensor, known: Iterable[Tensor]) -> list[TensorWeakRef]:
+    """Those leaves of ``output``'s graph that are not among ``known``.
+
+    Weakly, so that one may see which are gone with the graph: nothing else holds a leaf that the
+    evaluation made itself.
+    """
     ids = {id(x) for x in known}
-    return any(id(leaf) not in ids for leaf in graph_leaves(output))
+    return [TensorWeakRef(leaf) for leaf in graph_leaves(output) if id(leaf) not in ids]
 
 
 def detached(tensors: Iterable[Tensor], *, leaf: bool = False) -> list[Tensor]:

@@ -229,9 +229,10 @@ class DetachedField(Field):
         time, alias = self.time(stage.t), stage.x.detach()
         k = self.call(time, alias)
         if k.requires_grad:
-            if self.capture is not None and foreign_leaves(k, (time, alias)):
-                self._rediscover(self.capture, time, alias)
+            leaves = foreign_leaves(k, (time, alias)) if self.capture is not None else ()
             k = k.detach()
+            if self.capture is not None and any(leaf() is not None for leaf in leaves):
+                self._rediscover(self.capture, time, alias)
         return k
 
     def _rediscover(self, capture: Capture, time: Tensor, x: Tensor) -> None:
