@@ -25,7 +25,7 @@ from symplectic_adjoint._errors import (
     UnknownNameError,
 )
 from symplectic_adjoint.api import odeint, solve
-from symplectic_adjoint.controllers import Adaptive, FixedGrid
+from symplectic_adjoint.controllers import Adaptive, FixedGrid, SensitivityControl
 from symplectic_adjoint.diagnostics import GradientCheck, check_gradient, peak_memory
 from symplectic_adjoint.gradients import (
     ACA,
@@ -55,6 +55,7 @@ __all__ = [
     "GradientCheck",
     "NonFiniteError",
     "SecondDerivativeError",
+    "SensitivityControl",
     "Solution",
     "SolveError",
     "Stats",
