@@ -22,6 +22,7 @@ from symplectic_adjoint._errors import (
     StepUnderflowError,
     SymplecticAdjointError,
     TableauError,
+    UnderResolvedWarning,
     UnknownNameError,
 )
 from symplectic_adjoint.api import odeint, solve
@@ -65,6 +66,7 @@ __all__ = [
     "Symplectic",
     "SymplecticAdjointError",
     "TableauError",
+    "UnderResolvedWarning",
     "UnknownNameError",
     "check_gradient",
     "odeint",

@@ -5,9 +5,9 @@ The derivative of a solution along a direction obeys the variational equation
     d/dt delta = (df/dy) delta + (df/dp) dp,        delta(t0) = dy0,
 
 and the derivative of a step of any one-step or multistep method is the same step of the augmented
-equation for ``(y, delta_1, ..., delta_m)``. Its embedded formula hence estimates the local errors of
-the sensitivities, too, which join that of the solution in the error test by the largest norm, as in
-CVODES (Serban and Hindmarsh 2005, "CVODES: the sensitivity-enabled ODE solver in SUNDIALS", doi
+equation for ``(y, delta_1, ..., delta_m)``. Its embedded formula hence estimates the local errors
+of the sensitivities, too, which join that of the solution in the error test by the largest norm, as
+in CVODES (Serban and Hindmarsh 2005, "CVODES: the sensitivity-enabled ODE solver in SUNDIALS", doi
 10.1115/DETC2005-85597, "full error control"). The augmented steps choose the grid and are thrown
 away: the solution and its gradient are those of the plain steps.
 """
@@ -217,7 +217,9 @@ class TangentField(Field):
             return [torch.zeros_like(k)] * (len(z) - 1)
         dual = torch.zeros_like(k, requires_grad=True)
         wanted = [y, *self.inputs]
-        pulled = torch.autograd.grad(k, wanted, dual, create_graph=True, allow_unused=True)
+        pulled: tuple[Tensor | None, ...] = torch.autograd.grad(
+            k, wanted, dual, create_graph=True, allow_unused=True
+        )
         derivatives = []
         for delta, direction in zip(z[1:], self.directions, strict=True):
             pairs = [
