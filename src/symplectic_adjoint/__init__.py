@@ -25,11 +25,12 @@ from symplectic_adjoint._errors import (
     StepUnderflowError,
     SymplecticAdjointError,
     TableauError,
+    UnderResolvedWarning,
     UnknownNameError,
 )
 from symplectic_adjoint.api import solve
 from symplectic_adjoint.compat.torchdiffeq import odeint, odeint_adjoint, odeint_dense
-from symplectic_adjoint.controllers import Adaptive, FixedGrid
+from symplectic_adjoint.controllers import Adaptive, FixedGrid, SensitivityControl
 from symplectic_adjoint.diagnostics import GradientCheck, check_gradient, peak_memory
 from symplectic_adjoint.events import Crossing, Event
 from symplectic_adjoint.gradients import (
@@ -70,6 +71,7 @@ __all__ = [
     "NeuralODE",
     "NonFiniteError",
     "SecondDerivativeError",
+    "SensitivityControl",
     "Solution",
     "SolveError",
     "Stats",
@@ -79,6 +81,7 @@ __all__ = [
     "Symplectic",
     "SymplecticAdjointError",
     "TableauError",
+    "UnderResolvedWarning",
     "UnknownNameError",
     "check_gradient",
     "fill_missing",

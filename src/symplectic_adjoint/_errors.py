@@ -66,6 +66,10 @@ class SecondDerivativeError(SymplecticAdjointError, RuntimeError):
     """A second derivative was asked of a strategy that cannot give the right one."""
 
 
+class UnderResolvedWarning(UserWarning):
+    """The steps resolve the solution, but not its derivatives; see ``check_gradient``."""
+
+
 class SolveError(SymplecticAdjointError, RuntimeError):
     """A solve could not reach the end of its interval.
 

@@ -171,6 +171,28 @@ class Capture:
                 undo.enter_context(_Replace(identities))
             yield
 
+    @property
+    def convertible(self) -> bool:
+        """Whether every tensor that was found sits in a place that can be assigned."""
+        return not self._by_identity and not self._scripted
+
+    @contextlib.contextmanager
+    def converted(
+        self, aliases: Sequence[Tensor], convert: Callable[[Tensor], Tensor]
+    ) -> Generator[None]:
+        """Let ``func`` find ``aliases``, and all other tensors converted.
+
+        Args:
+            aliases: One for each of ``tensors``.
+            convert: Makes what stands for a tensor that requires no grad.
+        """
+        with self.substituted(aliases), contextlib.ExitStack() as undo:
+            standing = {id(x) for x in aliases}
+            for slot, value in self._held:
+                if isinstance(value, Tensor) and id(slot.read()) not in standing:
+                    _swap(undo, slot, convert(value))
+            yield
+
     def discover(self, evaluate: Callable[[], Tensor], known: Iterable[Tensor]) -> bool:
         """Evaluate again, twice, watching for tensors that require grad and come from outside.
 

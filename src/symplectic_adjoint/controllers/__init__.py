@@ -3,5 +3,15 @@
 from symplectic_adjoint.controllers._base import Controller, Pace, Setting
 from symplectic_adjoint.controllers.adaptive import Adaptive, AdaptivePace
 from symplectic_adjoint.controllers.fixed import FixedGrid, GridPace
+from symplectic_adjoint.controllers.sensitivities import SensitivityControl
 
-__all__ = ["Adaptive", "AdaptivePace", "Controller", "FixedGrid", "GridPace", "Pace", "Setting"]
+__all__ = [
+    "Adaptive",
+    "AdaptivePace",
+    "Controller",
+    "FixedGrid",
+    "GridPace",
+    "Pace",
+    "SensitivityControl",
+    "Setting",
+]

@@ -25,6 +25,8 @@ class Setting:
         rtol: Relative tolerance, a number or a tensor that broadcasts against the flat state.
         atol: Absolute tolerance, likewise.
         grid: The step times where they are known beforehand, otherwise empty.
+        inputs: What requires grad, by name: ``"y0"``, and what stands during the solve for each
+            tensor that ``f`` depends on.
     """
 
     end: float
@@ -32,6 +34,7 @@ class Setting:
     rtol: float | Tensor
     atol: float | Tensor
     grid: Sequence[float] = ()
+    inputs: Sequence[tuple[str, Tensor]] = ()
 
 
 class Pace(Protocol):

@@ -17,7 +17,7 @@ from symplectic_adjoint._errors import (
     StepUnderflowError,
 )
 from symplectic_adjoint._types import Norm, as_float
-from symplectic_adjoint.controllers._base import Setting, finite, non_finite
+from symplectic_adjoint.controllers._base import Pace, Setting, finite, non_finite
 from symplectic_adjoint.field import Field, Stage
 from symplectic_adjoint.steppers import Stepper
 
@@ -93,7 +93,7 @@ class Adaptive:
         """A PID controller (p = 0.3, i = 0.3, d = 0.1)."""
         return Adaptive(**{"pcoeff": 0.3, "icoeff": 0.3, "dcoeff": 0.1, **options})
 
-    def begin(self, field: Field, stepper: Stepper, state: Any, setting: Setting) -> AdaptivePace:
+    def begin(self, field: Field, stepper: Stepper, state: Any, setting: Setting) -> Pace:
         """Start pacing a solve, choosing the first step.
 
         Raises:

@@ -16,7 +16,13 @@ from symplectic_adjoint._types import FlatFunc, Time
 from symplectic_adjoint.capture import Capture, detached
 from symplectic_adjoint.controllers import Controller, FixedGrid, GridPace, Setting
 from symplectic_adjoint.events import Crossing, FlatEvent, Watch
-from symplectic_adjoint.field import Field, GraphField, RandomState, Rediscovered
+from symplectic_adjoint.field import (
+    DetachedField,
+    Field,
+    GraphField,
+    RandomState,
+    Rediscovered,
+)
 from symplectic_adjoint.gradients._base import Counts, Record, Strategy
 from symplectic_adjoint.gradients._dense import GraphDense, RecordedDense
 from symplectic_adjoint.gradients._event import Located, replaying
@@ -234,7 +240,8 @@ def _run(
 
     def steps() -> Iterator[Any]:
         # Begun here, so that a solve that fails while it chooses its first step has a prefix, too.
-        pace = job.controller.begin(field, job.stepper, state, job.setting)
+        setting = replace(job.setting, inputs=_inputs(job, field))
+        pace = job.controller.begin(field, job.stepper, state, setting)
         if isinstance(pace, GridPace):
             pace.checked = checked or watch is not None
         end = job.problem.times[-1]
@@ -251,6 +258,14 @@ def _run(
         before.set()
         return _run(job, field, knots, replace(times, next=1), keep, graph, checked=True)
     return result, stats
+
+
+def _inputs(job: Job, field: Field) -> list[tuple[str, Tensor]]:
+    """What requires grad, as it stands during the solve."""
+    captured = field.aliases if isinstance(field, DetachedField) else job.capture.tensors
+    y0 = job.problem.y0
+    state = [("y0", y0.detach())] if y0.requires_grad else []
+    return [*state, *zip(job.capture.names, captured, strict=True)]
 
 
 def _output_times(job: Job, t: Tensor) -> OutputTimes:
