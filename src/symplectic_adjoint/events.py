@@ -65,7 +65,7 @@ class Event:
             raise ArgumentError(
                 f"direction = {self.direction!r} must be 1 (rising), -1 (falling) or 0 (both)"
             )
-        if not isinstance(self.samples, int) or self.samples < 0:
+        if self.samples < 0:
             raise ArgumentError(f"samples = {self.samples!r} must be a non-negative integer")
 
 

@@ -1,4 +1,4 @@
-"""The time of an event and the state there, on the caller's graph, by the implicit function theorem.
+"""The time and the state of an event on the caller's graph, by the implicit function theorem.
 
 With ``Y(t)`` the dense output of the last step, the event time ``tau`` solves ``g(tau, Y(tau)) =
 0``, so that for any tangent of what ``Y`` and ``g`` depend on
@@ -74,7 +74,7 @@ class Located:
             evaluate = functools.partial(self.height, tau, y)
             with event.capture.substituted(aliases), torch.enable_grad():
                 value = evaluate()
-                missed = value.requires_grad and foreign_leaves(value, known)
+                missed = value.requires_grad and bool(foreign_leaves(value, known))
                 try:
                     missed = missed and event.capture.discover(evaluate, known)
                 except CaptureError as error:

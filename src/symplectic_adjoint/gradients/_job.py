@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import collections
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
