@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 
 from symplectic_adjoint import gradients, steppers
 from symplectic_adjoint._errors import ArgumentError, EventNotFoundError, SolveError, StepLimitError
+from symplectic_adjoint._tree import StateSpec
 from symplectic_adjoint._types import Func
-from symplectic_adjoint.capture import Capture
+from symplectic_adjoint.capture import Capture, transformed
 from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid
 from symplectic_adjoint.events import Event, FlatEvent, listed
 from symplectic_adjoint.gradients import Strategy
 from symplectic_adjoint.gradients._job import Job, execute
-from symplectic_adjoint.problem import Problem, flat_func
+from symplectic_adjoint.gradients._transform import solve_lifted
+from symplectic_adjoint.problem import Problem, as_times, flat_func
 from symplectic_adjoint.progress import reporter
 from symplectic_adjoint.solution import Solution
 from symplectic_adjoint.steppers import Stepper
@@ -99,35 +102,46 @@ def solve(
     stepper = resolved_stepper(method, strategy)
     strategy.check(stepper)
     events = listed(event)
-    problem = Problem.of(y0, t, endless=bool(events))
     if controller is None:
         controller = FixedGrid() if stepper.error_order is None else Adaptive()
-    endless = math.isinf(problem.times[-1])
-    if endless:
-        problem, controller = _limited(problem, controller)
     arguments = list(args)
-    job = Job(
-        func=flat_func(func, problem.spec, arguments),
-        capture=Capture(func, arguments, params),
-        problem=problem,
-        grid=_grid(controller, func, y0, problem),
-        stepper=stepper,
-        controller=controller,
-        strategy=strategy,
-        rtol=rtol,
-        atol=atol,
-        report=reporter(progress, problem.times[0], problem.times[-1]),
-        keep_dense=dense,
-        events=[
-            FlatEvent(each, i, problem.spec, arguments, Capture(each.func, arguments, params))
-            for i, each in enumerate(events)
-        ],
-    )
+    spec, flat = StateSpec.of(y0)
+
+    def job(y0: Tensor, t: Any, capture: Capture) -> Job:
+        problem, own = Problem.flat(spec, y0, t, endless=bool(events)), controller
+        if math.isinf(problem.times[-1]):
+            problem, own = _limited(problem, own)
+        regrid = functools.partial(_grid, own, func, spec.unflatten(y0))
+        return Job(
+            func=flat_func(func, spec, arguments),
+            capture=capture,
+            problem=problem,
+            grid=regrid(problem.t),
+            regrid=regrid,
+            stepper=stepper,
+            controller=own,
+            strategy=strategy,
+            rtol=rtol,
+            atol=atol,
+            report=reporter(progress, problem.times[0], problem.times[-1]),
+            keep_dense=dense,
+            events=[
+                FlatEvent(each, i, spec, arguments, Capture(each.func, arguments, params))
+                for i, each in enumerate(events)
+            ],
+        )
+
+    capture = Capture(func, arguments, params)
+    if transformed():
+        _check_lifted(dense, events)
+        return solve_lifted(job, spec, flat, as_times(t), capture)
+    task = job(flat, t, capture)
     error: SolveError | None
-    solution, error = execute(job)
+    solution, error = execute(task)
+    endless = bool(events) and math.isinf(as_times(t)[-1])
     if endless and solution.event is None and isinstance(error, StepLimitError | None):
         error = _not_found(solution)
-    solution.t = (t if isinstance(t, Tensor) else problem.t)[: len(solution.t)]
+    solution.t = (t if isinstance(t, Tensor) else task.problem.t)[: len(solution.t)]
     if error is not None:
         solution.status, solution.message = error.status, str(error)
         if throw:
@@ -192,7 +206,18 @@ def _not_found(solution: Solution) -> EventNotFoundError:
     )
 
 
-def _grid(controller: Controller, func: Func, y0: Any, problem: Problem) -> Tensor | None:
-    if not isinstance(controller, FixedGrid):
-        return None
-    return controller.grid(func, y0, problem.t)
+def _check_lifted(dense: bool, events: Sequence[Event]) -> None:
+    if events:
+        raise ArgumentError(
+            "event=... is not supported inside a transform of torch.func (grad, vmap, jvp ...); "
+            "differentiate the time and the state of an event with torch.autograd"
+        )
+    if dense:
+        raise ArgumentError(
+            "dense=True keeps steps, which a transform of torch.func (grad, vmap, jvp ...) cannot "
+            "give; ask for all times in t, which costs no steps"
+        )
+
+
+def _grid(controller: Controller, func: Func, y0: Any, t: Tensor) -> Tensor | None:
+    return controller.grid(func, y0, t) if isinstance(controller, FixedGrid) else None

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import functools
 import inspect
 import threading
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import TensorWeakRef
@@ -66,6 +68,26 @@ class _Slot:
             self.container[self.key] = value
 
 
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def wrapped(x: Tensor) -> bool:
+    """Whether a transform of ``torch.func`` stands behind a tensor."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether a tensor carries a tangent of forward mode."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def varies(x: Tensor) -> bool:
+    """Whether a derivative with respect to a tensor, or its value in a batch, may be wanted."""
+    return x.requires_grad or wrapped(x) or has_tangent(x)
+
+
 class _Fixed(nn.Module):
     """Stands in for a parametrisation during a solve: its value is computed once."""
 
@@ -79,7 +101,7 @@ class _Fixed(nn.Module):
 
 
 class Capture:
-    """The tensors requiring grad that a function depends on.
+    """The tensors that vary (``varies``) and that a function depends on.
 
     Attributes:
         tensors: Each such tensor once, however many slots hold it.
@@ -101,12 +123,13 @@ class Capture:
             only = _listed(only)
         self.tensors: list[Tensor] = []
         self.names: list[str] = []
+        self._originals: list[Tensor] = []  # what func holds, and the tensors stand for
         self._slots: list[list[_Slot]] = []
         self._index: dict[int, int] = {}
         self._constants: list[tuple[_Slot, Tensor]] = []
         self._stand_ins: list[tuple[_Slot, Any]] = []
         self._by_identity: set[int] = set()
-        self._hidden_constants: list[Tensor] = []
+        self._hidden_constants: list[tuple[Tensor, Tensor]] = []
         self._scripted: dict[str, Tensor] = {}
         self._held: list[tuple[_Slot, Any]] = []
         self._frozen: list[tuple[_Slot, Any]] = []
@@ -125,15 +148,19 @@ class Capture:
         return self._only is not None
 
     def _add(self, tensor: Tensor, name: str, slot: _Slot | None) -> None:
+        value = tensor
         if self._only is not None and id(tensor) not in self._only:
-            if slot is not None:
-                self._constants.append((slot, tensor))
+            if not wrapped(tensor):
+                if slot is not None:
+                    self._constants.append((slot, tensor))
+                return
+            value = tensor.detach()
+        elif not varies(tensor):
             return
-        if not tensor.requires_grad:
-            return
-        i = self._index.setdefault(id(tensor), len(self.tensors))
-        if i == len(self.tensors):
-            self.tensors.append(tensor)
+        i = self._index.setdefault(id(tensor), len(self._originals))
+        if i == len(self._originals):
+            self._originals.append(tensor)
+            self.tensors.append(value)
             self.names.append(name)
             self._slots.append([])
         if slot is None:
@@ -165,8 +192,8 @@ class Capture:
             for alias, slots in zip(aliases, self._slots, strict=True):
                 for slot in slots:
                     _swap(undo, slot, alias)
-            identities = {id(x): x.detach() for x in self._hidden_constants}
-            identities |= {id(self.tensors[i]): aliases[i] for i in self._by_identity}
+            identities = {id(x): value.detach() for x, value in self._hidden_constants}
+            identities |= {id(self._originals[i]): aliases[i] for i in self._by_identity}
             if identities:
                 undo.enter_context(_Replace(identities))
             yield
@@ -213,8 +240,7 @@ class Capture:
             evaluate()
         with _Watch(known) as watch:
             output = evaluate()
-        replaced = {id(self.tensors[i]) for i in self._by_identity}
-        replaced |= {id(x) for x in self._hidden_constants}
+        replaced = self._replaced()
         # What an evaluation makes itself is another tensor each time.
         outside = {id(x) for x in before.found} - replaced
         new = [x for x in watch.found if id(x) in outside]
@@ -232,8 +258,47 @@ class Capture:
             if self._only is None or id(tensor) in self._only:
                 self._add(tensor, "", None)
             else:
-                self._hidden_constants.append(tensor)
+                self._hidden_constants.append((tensor, tensor))
         return bool(new)
+
+    def _replaced(self) -> set[int]:
+        """Tensors that are replaced by identity."""
+        replaced = {id(self._originals[i]) for i in self._by_identity}
+        return replaced | {id(x) for x, _ in self._hidden_constants}
+
+    def holding(self, tensors: Sequence[Tensor]) -> Capture:
+        """The same places, in which other tensors (one for each of ``tensors``) are to stand.
+
+        Those that cannot have a derivative, such as integers, become constants.
+        """
+        twin = copy.copy(self)
+        twin.tensors, twin.names, twin._originals, twin._slots = [], [], [], []
+        twin._constants, twin._hidden_constants = [*self._constants], [*self._hidden_constants]
+        twin._by_identity, twin._index = set(), {}
+        for i, tensor in enumerate(tensors):
+            hidden = i in self._by_identity
+            if tensor.requires_grad:
+                twin._by_identity |= {len(twin.tensors)} if hidden else set()
+                twin._index[id(self._originals[i])] = len(twin.tensors)
+                twin.tensors.append(tensor)
+                twin.names.append(self.names[i])
+                twin._originals.append(self._originals[i])
+                twin._slots.append(self._slots[i])
+                continue
+            twin._constants += [(slot, tensor) for slot in self._slots[i]]
+            twin._hidden_constants += [(self._originals[i], tensor)] if hidden else []
+        return twin
+
+    def extend(self, tensors: Iterable[Tensor]) -> None:
+        """Take in tensors that were found by their use."""
+        for tensor in tensors:
+            self._add(tensor, "", None)
+
+    @contextlib.contextmanager
+    def guarded(self) -> Generator[None]:
+        """Raise where a tensor of a transform is used that is not replaced."""
+        with _Guard(self):
+            yield
 
     def _describe(self, tensor: Tensor) -> str:
         kind = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
@@ -449,6 +514,31 @@ class _Replace(TorchFunctionMode):
         if type(value) in (list, tuple):
             return type(value)(self._replace(x) for x in value)
         return value
+
+
+class _Guard(TorchFunctionMode):
+    """Refuses tensors of a transform of ``torch.func`` from which the solve has been lifted out."""
+
+    def __init__(self, capture: Capture) -> None:
+        super().__init__()
+        self._capture = capture
+        self._passes = capture._replaced()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if not transformed():
+            for x in _tensors((args, kwargs or {})):
+                if wrapped(x) and id(x) not in self._passes:
+                    raise HiddenTensor(x)
+        return func(*args, **(kwargs or {}))
+
+
+class HiddenTensor(Exception):  # noqa: N818 - a signal, not an error
+    """A tensor of a transform was found by its use."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 class _Watch(TorchFunctionMode):

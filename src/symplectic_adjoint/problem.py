@@ -48,7 +48,11 @@ class Problem:
             ArgumentError: ``y0`` is no pytree of floating-point tensors or is not finite, or
                 ``t`` is not a strictly monotone 1-D sequence of at least two finite times.
         """
-        spec, flat = StateSpec.of(y0)
+        return Problem.flat(*StateSpec.of(y0), t, endless)
+
+    @staticmethod
+    def flat(spec: StateSpec, flat: Tensor, t: Any, endless: bool = False) -> Problem:
+        """The same for a state that is flat already."""
         bad = (~torch.isfinite(flat.detach())).reshape(-1).nonzero()
         if len(bad):
             raise ArgumentError(
@@ -66,11 +70,20 @@ def flat_func(func: Func, spec: StateSpec, args: Sequence[Any]) -> FlatFunc:
     return lambda t, y: spec.flatten_like(func(t, spec.unflatten(y), *args))
 
 
-def _times(t: Any, endless: bool) -> Tensor:
+def as_times(t: Any) -> Tensor:
+    """A caller's times as a tensor.
+
+    Raises:
+        ArgumentError: They are none.
+    """
     try:
-        times = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
+        return t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(f"t = {t!r} must be a 1-D tensor or list of times") from error
+
+
+def _times(t: Any, endless: bool) -> Tensor:
+    times = as_times(t)
     if times.is_complex() or times.dtype == torch.bool:
         raise ArgumentError(f"t has dtype {times.dtype}; give real times, e.g. t.double()")
     if times.ndim != 1 or len(times) < 2:

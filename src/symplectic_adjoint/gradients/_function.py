@@ -12,10 +12,11 @@ from torch import Tensor
 
 from symplectic_adjoint._errors import SecondDerivativeError
 from symplectic_adjoint._types import FlatFunc, Time
-from symplectic_adjoint.capture import Capture, detached
+from symplectic_adjoint.capture import Capture, detached, transformed, varies
 from symplectic_adjoint.controllers import Controller, Setting
 from symplectic_adjoint.field import DetachedField, Field, GraphField
 from symplectic_adjoint.gradients._base import Record, Strategy, Sweep, replay
+from symplectic_adjoint.gradients._derived import Pull, Push, Shelf, Value, derived, tangents_like
 from symplectic_adjoint.loop import Outputs, Stats
 from symplectic_adjoint.steppers import Stepper
 from symplectic_adjoint.steppers._base import Reversal, Saved, TimeCotangents
@@ -141,6 +142,7 @@ class _Solve(torch.autograd.Function):
         outputs = y if tape.strategy.keeps_outputs else []
         ctx.outputs = len(outputs)
         ctx.save_for_backward(y0, nodes, times, *captured, *outputs, *tape.release())
+        ctx.save_for_forward(y0, nodes, times, *captured)
         return y[0]
 
     @staticmethod
@@ -148,10 +150,60 @@ class _Solve(torch.autograd.Function):
         saved = ctx.saved_tensors
         inputs, rest = saved[: ctx.inputs], saved[ctx.inputs :]
         y, kept = rest[: ctx.outputs], rest[ctx.outputs :]
-        needs = ctx.needs_input_grad[2:]
+        needs = tuple(ctx.needs_input_grad[2:])
+        recording = _Recording(ctx.tape, inputs, y, kept)
+        if transformed():  # the cotangents are a batch
+            grads = iter(derived(Pull(Value(), needs), Shelf(recording), _FIRST, [*inputs, g]))
+            return (None, None, *(next(grads) if need else None for need in needs))
         if torch.is_grad_enabled():
-            return (None, None, *_replayed(ctx.tape, inputs, needs, g))
-        return (None, None, *_reversed(ctx.tape, inputs, needs, y, kept, g))
+            return (None, None, *_differentiable(recording, needs, g))
+        return (None, None, *recording.pull(g, needs))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        inputs = ctx.saved_tensors
+        recording = _Recording(ctx.tape, inputs, (), ())
+        ts = tangents_like(inputs, tangents[2:])
+        (dy,) = derived(Push(Value(), len(inputs)), Shelf(recording), _FIRST, [*inputs, *ts])
+        return dy
+
+
+_FIRST = torch.tensor(0)
+
+
+@dataclass
+class _Recording:
+    """A tape with its inputs and with what it has kept."""
+
+    tape: Tape
+    inputs: Sequence[Tensor]
+    y: Sequence[Tensor]
+    kept: Sequence[Tensor]
+
+    def value(self) -> Tensor:
+        raise NotImplementedError
+
+    def pull(self, g: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+        return _reversed(self.tape, self.inputs, needs, self.y, self.kept, g)
+
+    def replay(self, xs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [replayed(self.tape, xs)]
+
+    def refuse(self) -> None:
+        refuse(self.tape.strategy)
+
+
+def refuse(strategy: Strategy) -> None:
+    """Raise where a strategy's gradient cannot be differentiated again.
+
+    Raises:
+        SecondDerivativeError: The strategy is not exact.
+    """
+    if not strategy.exact:
+        raise SecondDerivativeError(
+            f"gradient={strategy.name!r} does not give the gradient of the computed solution, "
+            "which cannot be differentiated again; use 'symplectic' or another exact strategy"
+        )
 
 
 def _reversed(
@@ -197,33 +249,35 @@ def _reversed(
     return [lam, node_grads, time_grads, *grads]
 
 
-def _replayed(
-    tape: Tape, inputs: Sequence[Tensor], needs: Sequence[bool], g: Tensor
-) -> list[Tensor | None]:
-    """First derivatives that can be differentiated again: the frozen grid under autograd."""
-    if not tape.strategy.exact:
-        raise SecondDerivativeError(
-            f"gradient={tape.strategy.name!r} does not give the gradient of the computed solution, "
-            "which cannot be differentiated again; use 'symplectic' or another exact strategy"
-        )
-    # Views, so that an input that appears twice is told apart.
-    y0, nodes, times, *captured = views = [x.view_as(x) for x in inputs]
+def replayed(tape: Tape, inputs: Sequence[Tensor]) -> Tensor:
+    """The outputs once more, by operations on ``inputs`` (y0, nodes, times, *captured)."""
+    y0, nodes, times, *captured = inputs
     with tape.capture.substituted(captured), tape.autocast.restored():
         field = GraphField(tape.func, y0)
         field.leafy = tape.leafy
         tokens = [record.saved.tokens for record in tape.records]
-        knots: list[Time] = [
-            nodes[n] if needs[1] and tape.wanted(n) else t for n, t in enumerate(tape.nodes)
-        ]
+        knots: list[Time] = list(tape.nodes)
+        if varies(nodes):
+            knots = [nodes[n] if tape.wanted(n) else t for n, t in enumerate(knots)]
         state = tape.stepper.resume(knots[0], (y0,), tokens[0][0] if any(tokens) else None)
-        output_times = times if needs[2] else times.detach()
-        _, parts = replay(field, tape.stepper, state, knots, tape.outputs, tokens, output_times)
-        y = torch.cat([y0.unsqueeze(0), *(part for _, part in parts)])
-    field.products = field.evaluations
+        _, parts = replay(field, tape.stepper, state, knots, tape.outputs, tokens, times)
+    field.products = field.evaluations if torch.is_grad_enabled() else 0
     _write_stats(tape.stats, field, Stats())
+    return torch.cat([y0.unsqueeze(0), *(part for _, part in parts)])
+
+
+def _differentiable(recording: _Recording, needs: Sequence[bool], g: Tensor) -> list[Tensor | None]:
+    """First derivatives that can be differentiated again: the frozen grid under autograd."""
+    recording.refuse()
+    # Views, so that an input that appears twice is told apart.
+    views = [x.view_as(x) for x in recording.inputs]
     wanted = [i for i, need in enumerate(needs) if need]
     grads = torch.autograd.grad(
-        y, [views[i] for i in wanted], g, create_graph=True, allow_unused=True
+        replayed(recording.tape, views),
+        [views[i] for i in wanted],
+        g,
+        create_graph=True,
+        allow_unused=True,
     )
     result: list[Tensor | None] = [None] * len(views)
     for i, grad in zip(wanted, grads, strict=True):

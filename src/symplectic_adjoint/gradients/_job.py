@@ -6,14 +6,14 @@ import collections
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from symplectic_adjoint._errors import SolveError, Status
 from symplectic_adjoint._types import FlatFunc, Time
-from symplectic_adjoint.capture import Capture, detached
+from symplectic_adjoint.capture import Capture, detached, has_tangent, varies
 from symplectic_adjoint.controllers import Controller, FixedGrid, GridPace, Setting
 from symplectic_adjoint.events import Crossing, FlatEvent, Watch
 from symplectic_adjoint.field import (
@@ -26,29 +26,31 @@ from symplectic_adjoint.field import (
 from symplectic_adjoint.gradients._base import Counts, Record, Strategy
 from symplectic_adjoint.gradients._dense import GraphDense, RecordedDense
 from symplectic_adjoint.gradients._event import Located, replaying
-from symplectic_adjoint.gradients._function import Autocast, Tape, attach
+from symplectic_adjoint.gradients._function import Autocast, Tape, attach, replayed
 from symplectic_adjoint.gradients.backprop import Backprop
 from symplectic_adjoint.gradients.checkpoint import Checkpoint
-from symplectic_adjoint.gradients.symplectic import Symplectic
 from symplectic_adjoint.loop import Outputs, OutputTimes, Run, SolveShape, Stats, integrate, run
 from symplectic_adjoint.problem import Problem
 from symplectic_adjoint.solution import Solution
 from symplectic_adjoint.steppers import Stepper
 from symplectic_adjoint.steppers._base import Saved
 
+Result = TypeVar("Result")
+
 
 @dataclass
 class Job:
     """A solve with all its arguments resolved, and what was learned by attempting it.
 
-    ``random`` says that ``func`` draws random numbers, ``spent`` counts its calls in the attempts
-    that were given up.
+    ``regrid`` gives the fixed grid for other times. ``random`` says that ``func`` draws random
+    numbers, ``spent`` counts its calls in the attempts that were given up.
     """
 
     func: FlatFunc
     capture: Capture
     problem: Problem
     grid: Tensor | None
+    regrid: Callable[[Tensor], Tensor | None]
     stepper: Stepper
     controller: Controller
     strategy: Strategy
@@ -71,14 +73,23 @@ class Job:
         )
 
     @property
+    def inputs(self) -> list[Tensor]:
+        """What derivatives may be wanted of."""
+        return [self.problem.y0, self.problem.t, *self.capture.tensors]
+
+    @property
     def wants_time(self) -> bool:
-        return torch.is_grad_enabled() and self.problem.t.requires_grad
+        t = self.problem.t
+        return has_tangent(t) or (torch.is_grad_enabled() and varies(t))
 
     @property
     def wants_grad(self) -> bool:
-        inputs = [self.problem.y0, self.problem.t, *self.capture.tensors]
-        inputs += (x for event in self.events for x in event.capture.tensors)
+        inputs = [*self.inputs, *(x for event in self.events for x in event.capture.tensors)]
         return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+    @property
+    def wants_tangent(self) -> bool:
+        return any(has_tangent(x) for x in self.inputs)
 
     def hits(self, t1: float) -> bool:
         """Whether an output at the end of a step is the step time itself, however ``t`` moves.
@@ -96,6 +107,10 @@ class Job:
         if result.event is None:
             return t[: len(result.y)]
         return torch.cat([t[: len(result.y) - 1], t.detach().new_tensor([result.event.t])])
+
+    def at(self, t: Tensor) -> Job:
+        """The same with other times, for a replay on its grid."""
+        return replace(self, problem=replace(self.problem, t=t), grid=self.regrid(t))
 
     def nodes(self, reached: Sequence[float]) -> Tensor:
         """Step times on the graph of ``t``, where they follow it."""
@@ -117,16 +132,23 @@ def execute(job: Job) -> tuple[Solution, SolveError | None]:
     """
     if torch.is_inference_mode_enabled():
         return _inferred(job)
+    if _plain_autograd(job):
+        if job.capture.restricted:
+            # Backprop alone would not notice a tensor that must be made a constant.
+            before = RandomState(job.problem.y0.device)
+            explored = replace(job, strategy=Checkpoint(), report=None, keep_dense=False)
+            job.spent = settled(explored, record).job.spent
+            before.set()
+        return settled(job, _backprop)
+    return settled(job, _recorded)
+
+
+def settled(job: Job, attempt: Callable[[Job], Result]) -> Result:
+    """Attempt a solve until nothing new is learned about ``func`` on the way."""
     before = RandomState(job.problem.y0.device)
-    explored = not (_plain_autograd(job) and job.capture.restricted)
     while True:
         try:
-            if not explored:
-                # Backprop alone would not notice a tensor that must be made a constant.
-                _recorded(replace(job, strategy=Checkpoint(), report=None, keep_dense=False))
-                explored = True
-                before.set()
-            result = _backprop(job) if _plain_autograd(job) else _recorded(job)
+            result = attempt(job)
             job.capture.freeze()
             return result
         except Rediscovered:
@@ -178,9 +200,56 @@ def _write_counts(stats: Stats, counts: Counts, g: Tensor) -> None:
     stats.backward_evaluations, stats.products = counts
 
 
+@dataclass
+class Recorded:
+    """A solve that has been run with no graph.
+
+    Attributes:
+        job: What was solved.
+        result: The steps and the outputs.
+        stats: Counts.
+        field: The field it was solved with.
+        tape: What its derivatives need.
+        saved: The steps, where dense outputs may be asked for.
+    """
+
+    job: Job
+    result: Run
+    stats: Stats
+    field: Field
+    tape: Tape
+    saved: list[Saved]
+
+    def attached(self) -> Tensor:
+        """The outputs on the graph of the job's y0, t and captured tensors."""
+        job, result = self.job, self.result
+        nodes, times = job.nodes(result.nodes), job.output_times(result)
+        return attach(self.tape, result.y, job.problem.y0, nodes, times)
+
+    def replayed(self, y0: Tensor, t: Tensor, captured: Sequence[Tensor]) -> Tensor:
+        """The outputs once more, by operations on the frozen grid."""
+        nodes = self.job.at(t).nodes(self.tape.nodes)
+        return replayed(self.tape, [y0, nodes, t[: len(self.result.y)], *captured])
+
+
 def _recorded(job: Job) -> tuple[Solution, SolveError | None]:
     """The forward pass with no graph, then its outputs attached to the caller's graph."""
+    recorded = record(job)
+    result, tape, nodes = recorded.result, recorded.tape, job.nodes(recorded.result.nodes)
+    wanted, dense = job.wants_grad or job.wants_tangent, None
+    if job.keep_dense:
+        dense = RecordedDense(job.problem, tape, recorded.saved, nodes, wanted)
+    y = recorded.attached() if wanted else result.y
+    again = replaying(tape, job.problem.y0, nodes, job.random)
+    field = recorded.field
+    return _solution(job, field, result, recorded.stats, y, dense, again), result.error
+
+
+def record(job: Job) -> Recorded:
+    """The forward pass with no graph; of each step is kept what the strategy asks for."""
     wants_grad = job.wants_grad
+    # Tangents need no more than the grid.
+    strategy = job.strategy if wants_grad else Checkpoint()
     # Where no gradient can be asked for, none can be missed.
     capture = job.capture if torch.is_grad_enabled() else None
     aliases = detached(job.capture.tensors)
@@ -188,7 +257,8 @@ def _recorded(job: Job) -> tuple[Solution, SolveError | None]:
     records: list[Record] = []
     saved: list[Saved] = []
     drawn = RandomState(y0.device)
-    recomputes = wants_grad or job.keep_dense
+    wanted = wants_grad or job.wants_tangent
+    recomputes = wanted or job.keep_dense
 
     def keep(n: int, step: Any, outputs: Outputs) -> None:
         if recomputes and not job.random and not drawn.same(RandomState(y0.device)):
@@ -197,25 +267,18 @@ def _recorded(job: Job) -> tuple[Solution, SolveError | None]:
         if n == 0:
             records.clear()
             saved.clear()
-        if wants_grad:
-            records.append(job.strategy.keep(job.stepper, n, step))
+        if wanted:
+            records.append(strategy.keep(job.stepper, n, step))
         if job.keep_dense:
             saved.append(job.stepper.save(step, stages=True))
 
     with torch.enable_grad(), job.capture.substituted(aliases):
-        strategy = job.strategy if wants_grad else Symplectic()
         field = strategy.forward_field(job.func, y0.detach(), aliases, capture, job.wants_time)
         field.random = job.random
         times = _output_times(job, job.problem.t.detach())
         result, stats = _run(job, field, {}, times, keep, graph=False)
     tape = _tape(job, field, result, stats, records, aliases)
-    y = result.y
-    nodes = job.nodes(result.nodes)
-    dense = RecordedDense(job.problem, tape, saved, nodes, wants_grad) if job.keep_dense else None
-    if wants_grad:
-        y = attach(tape, y, y0, nodes, job.output_times(result))
-    again = replaying(tape, y0, nodes, job.random)
-    return _solution(job, field, result, stats, y, dense, again), result.error
+    return Recorded(job, result, stats, field, tape, saved)
 
 
 def _run(
