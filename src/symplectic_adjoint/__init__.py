@@ -39,6 +39,7 @@ from symplectic_adjoint.gradients import (
     Backprop,
     Checkpoint,
     Continuous,
+    Forward,
     Symplectic,
 )
 from symplectic_adjoint.interpolation import Interpolation, fill_missing
@@ -66,6 +67,7 @@ __all__ = [
     "ExplicitRK",
     "FieldOutputError",
     "FixedGrid",
+    "Forward",
     "GradientCheck",
     "Interpolation",
     "NeuralODE",

@@ -246,9 +246,11 @@ class Capture:
         new = [x for x in watch.found if id(x) in outside]
         reached = graph_leaves(output, {(x.grad_fn, x.output_nr) for x in new})
         hidden = [x for x in reached if id(x) not in watch.known or id(x) in replaced]
+        if has_tangent(output) and not new:
+            hidden.append(output)
         if hidden:
             raise CaptureError(
-                "func depends on tensors that require grad and cannot be replaced during the solve:"
+                "func depends on tensors that vary and cannot be replaced during the solve:"
                 f" {', '.join(map(self._describe, hidden))}. They are "
                 "used where Python does not see them (TorchScript, a custom autograd.Function or "
                 "operator). Pass them through args, hold them in the module that is func, or "
@@ -555,7 +557,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         for x in _tensors((args, kwargs)):
-            if x.requires_grad and id(x) not in self.known:
+            if (x.requires_grad or has_tangent(x)) and id(x) not in self.known:
                 self.found.append(x)
                 self.known[id(x)] = x
         result = func(*args, **kwargs)

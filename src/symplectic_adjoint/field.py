@@ -12,7 +12,7 @@ from torch import Tensor
 from symplectic_adjoint._errors import FieldOutputError
 from symplectic_adjoint._types import FlatFunc, Time
 from symplectic_adjoint.accumulate import InPlace
-from symplectic_adjoint.capture import Capture, foreign_leaves
+from symplectic_adjoint.capture import Capture, foreign_leaves, has_tangent
 
 
 class Stage:
@@ -228,10 +228,12 @@ class DetachedField(Field):
         # An alias of x: func may call requires_grad_() on its argument.
         time, alias = self.time(stage.t), stage.x.detach()
         k = self.call(time, alias)
-        if k.requires_grad:
+        if k.requires_grad or has_tangent(k):
             leaves = foreign_leaves(k, (time, alias)) if self.capture is not None else ()
+            missed = has_tangent(k)
             k = k.detach()
-            if self.capture is not None and any(leaf() is not None for leaf in leaves):
+            missed = missed or any(leaf() is not None for leaf in leaves)
+            if self.capture is not None and missed:
                 self._rediscover(self.capture, time, alias)
         return k
 
@@ -304,7 +306,8 @@ class LeafField(DetachedField):
 
     def _evaluate(self, stage: Stage) -> Tensor:
         graph = self.graph(Stage(stage.t, stage.x), self.wants_time)
-        if self.capture is not None and foreign_leaves(graph.k, (graph.t, graph.x, *self.aliases)):
+        foreign = has_tangent(graph.k) or foreign_leaves(graph.k, (graph.t, graph.x, *self.aliases))
+        if self.capture is not None and foreign:
             self._rediscover(self.capture, graph.t, graph.x)
         stage.graph = graph
         return graph.k.detach()

@@ -31,6 +31,8 @@ class SolveShape:
         solves: Number of solves in a row, each of which starts anew; the counts are their sums.
         moved: Output times whose own gradient is wanted.
         adjoint: The solves of the backward pass, where it solves an equation of its own.
+        scalars: How many numbers a gradient is wanted of: elements of tensors, times of steps, and
+            one for all output times.
     """
 
     accepted: int
@@ -42,6 +44,7 @@ class SolveShape:
     solves: int = 1
     moved: int = 0
     adjoint: SolveShape | None = None
+    scalars: int = 0
 
     @staticmethod
     def of(outputs: Sequence[Outputs]) -> SolveShape:

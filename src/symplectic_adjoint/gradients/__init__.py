@@ -8,6 +8,7 @@ from symplectic_adjoint.gradients.aca import ACA
 from symplectic_adjoint.gradients.backprop import Backprop
 from symplectic_adjoint.gradients.checkpoint import Checkpoint
 from symplectic_adjoint.gradients.continuous import Continuous
+from symplectic_adjoint.gradients.forward import Forward
 from symplectic_adjoint.gradients.mali import MALI
 from symplectic_adjoint.gradients.symplectic import Symplectic
 
@@ -17,6 +18,7 @@ __all__ = [
     "Backprop",
     "Checkpoint",
     "Continuous",
+    "Forward",
     "Strategy",
     "Symplectic",
     "get",
@@ -24,7 +26,7 @@ __all__ = [
 ]
 
 _STRATEGIES: dict[str, type[Strategy]] = {
-    cls.name: cls for cls in (Symplectic, Backprop, Checkpoint, ACA, Continuous, MALI)
+    cls.name: cls for cls in (Symplectic, Backprop, Checkpoint, ACA, Continuous, MALI, Forward)
 }
 
 

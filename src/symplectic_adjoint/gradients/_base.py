@@ -57,6 +57,9 @@ class Sweep:
         g: Cotangents of the outputs.
         reversal: Shared by the transposes; says which step times need a cotangent.
         out_times: Accumulates the cotangents of output times, float64; None where not needed.
+        replay: From (y0, step times, output times, *captured), the outputs once more by operations
+            on the frozen grid, and how many evaluations they took.
+        memo: What the strategy remembers from one backward pass to the next.
         own: Counts the steps of a backward pass that solves an equation of its own.
     """
 
@@ -75,6 +78,8 @@ class Sweep:
     out_times: Tensor | None
     setting: Any
     controller: Any
+    replay: Callable[[Sequence[Tensor]], tuple[Tensor, int]]
+    memo: dict[str, Any]
     own: Stats = dataclasses.field(default_factory=Stats)
     _pending: list[tuple[int, Outputs, DenseCotangent]] = dataclasses.field(default_factory=list)
 
@@ -144,6 +149,13 @@ class Strategy:
                 f"gradient {self.name!r} works with method {self.method!r} only, not with "
                 f"{stepper.name!r}; leave method out, or choose gradient='symplectic'"
             )
+
+    def admit(self, inputs: Sequence[Tensor]) -> None:
+        """Refuse inputs of which the strategy cannot give gradients.
+
+        Raises:
+            ArgumentError: There are too many of them.
+        """
 
     def forward_field(
         self,

@@ -50,7 +50,7 @@ class Recording(Protocol):
 
 
 class Shelf:
-    """Recordings by their tickets. (A list would be taken apart on its way through a transform.)"""
+    """Recordings by their tickets; unlike a list, it goes through transforms untouched."""
 
     def __init__(self, *recordings: Recording) -> None:
         self.recordings = [*recordings]
@@ -134,7 +134,7 @@ class Push(Plan):
 
         def pushed(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
             xs, ts = tensors[: self.count], tensors[self.count :]
-            return _by_duals(inner, xs, ts) if duals else _by_transposing_twice(inner, xs, ts)
+            return by_duals(inner, xs, ts) if duals else _by_transposing_twice(inner, xs, ts)
 
         return pushed
 
@@ -223,11 +223,14 @@ def _transposed(
     )
 
 
-def _by_duals(inner: Map, xs: Sequence[Tensor], ts: Sequence[Tensor]) -> Sequence[Tensor]:
+def by_duals(inner: Map, xs: Sequence[Tensor], ts: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    """``J(xs) ts`` in forward mode, for ``xs`` without tangents of their own."""
     # A level that the caller has entered can be used, since nothing here carries its tangents.
     own = forward_ad._current_level < 0
     with forward_ad.dual_level() if own else contextlib.nullcontext():
-        duals = [forward_ad.make_dual(x, t) for x, t in zip(xs, ts, strict=True)]
+        duals = [
+            x if t is None else forward_ad.make_dual(x, t) for x, t in zip(xs, ts, strict=True)
+        ]
         parts = [forward_ad.unpack_dual(y) for y in inner(duals)]
     return [torch.zeros_like(y) if dy is None else dy for y, dy in parts]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +45,7 @@ class Tape:
         stats: Counts, completed by the backward pass.
         autocast: Autocast state of the forward pass.
         leafy: Whether ``func`` needs an argument that requires grad.
+        memo: What the strategy remembers from one backward pass to the next.
     """
 
     func: FlatFunc
@@ -61,6 +64,7 @@ class Tape:
     stats: Stats
     autocast: Autocast
     leafy: bool
+    memo: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def release(self) -> list[Tensor]:
         """Hand over all kept tensors, so that autograd owns them."""
@@ -187,7 +191,7 @@ class _Recording:
         return _reversed(self.tape, self.inputs, needs, self.y, self.kept, g)
 
     def replay(self, xs: Sequence[Tensor]) -> Sequence[Tensor]:
-        return [replayed(self.tape, xs)]
+        return [replayed(self.tape, xs)[0]]
 
     def refuse(self) -> None:
         refuse(self.tape.strategy)
@@ -239,6 +243,8 @@ def _reversed(
             out_times=_zeros(len(times), y0) if needs[2] else None,
             setting=tape.setting,
             controller=tape.controller,
+            replay=functools.partial(replayed, tape),
+            memo=tape.memo,
         )
         lam = tape.strategy.reverse(sweep)
     _write_stats(tape.stats, field, sweep.own)
@@ -249,8 +255,12 @@ def _reversed(
     return [lam, node_grads, time_grads, *grads]
 
 
-def replayed(tape: Tape, inputs: Sequence[Tensor]) -> Tensor:
-    """The outputs once more, by operations on ``inputs`` (y0, nodes, times, *captured)."""
+def replayed(tape: Tape, inputs: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """The outputs once more, by operations on ``inputs`` (y0, nodes, times, *captured).
+
+    Returns:
+        The outputs, and how many evaluations they took.
+    """
     y0, nodes, times, *captured = inputs
     with tape.capture.substituted(captured), tape.autocast.restored():
         field = GraphField(tape.func, y0)
@@ -261,9 +271,7 @@ def replayed(tape: Tape, inputs: Sequence[Tensor]) -> Tensor:
             knots = [nodes[n] if tape.wanted(n) else t for n, t in enumerate(knots)]
         state = tape.stepper.resume(knots[0], (y0,), tokens[0][0] if any(tokens) else None)
         _, parts = replay(field, tape.stepper, state, knots, tape.outputs, tokens, times)
-    field.products = field.evaluations if torch.is_grad_enabled() else 0
-    _write_stats(tape.stats, field, Stats())
-    return torch.cat([y0.unsqueeze(0), *(part for _, part in parts)])
+    return torch.cat([y0.unsqueeze(0), *(part for _, part in parts)]), field.evaluations
 
 
 def _differentiable(recording: _Recording, needs: Sequence[bool], g: Tensor) -> list[Tensor | None]:
@@ -272,12 +280,12 @@ def _differentiable(recording: _Recording, needs: Sequence[bool], g: Tensor) -> 
     # Views, so that an input that appears twice is told apart.
     views = [x.view_as(x) for x in recording.inputs]
     wanted = [i for i, need in enumerate(needs) if need]
+    y, evaluations = replayed(recording.tape, views)
+    stats = recording.tape.stats
+    stats.backward_evaluations = stats.products = evaluations
+    stats.backward_accepted = stats.backward_rejected = 0
     grads = torch.autograd.grad(
-        replayed(recording.tape, views),
-        [views[i] for i in wanted],
-        g,
-        create_graph=True,
-        allow_unused=True,
+        y, [views[i] for i in wanted], g, create_graph=True, allow_unused=True
     )
     result: list[Tensor | None] = [None] * len(views)
     for i, grad in zip(wanted, grads, strict=True):

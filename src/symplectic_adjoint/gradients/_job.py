@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from symplectic_adjoint._errors import SolveError, Status
 from symplectic_adjoint._types import FlatFunc, Time
@@ -229,7 +230,8 @@ class Recorded:
     def replayed(self, y0: Tensor, t: Tensor, captured: Sequence[Tensor]) -> Tensor:
         """The outputs once more, by operations on the frozen grid."""
         nodes = self.job.at(t).nodes(self.tape.nodes)
-        return replayed(self.tape, [y0, nodes, t[: len(self.result.y)], *captured])
+        y, _ = replayed(self.tape, [y0, nodes, t[: len(self.result.y)], *captured])
+        return y
 
 
 def _recorded(job: Job) -> tuple[Solution, SolveError | None]:
@@ -250,8 +252,11 @@ def record(job: Job) -> Recorded:
     wants_grad = job.wants_grad
     # Tangents need no more than the grid.
     strategy = job.strategy if wants_grad else Checkpoint()
-    # Where no gradient can be asked for, none can be missed.
-    capture = job.capture if torch.is_grad_enabled() else None
+    if wants_grad:
+        strategy.admit([x for x in job.inputs if x.requires_grad])
+    # Where no derivative can be asked for, none can be missed.
+    asked = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    capture = job.capture if asked else None
     aliases = detached(job.capture.tensors)
     y0 = job.problem.y0
     records: list[Record] = []
