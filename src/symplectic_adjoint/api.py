@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from symplectic_adjoint import gradients, steppers
+from symplectic_adjoint._compile import uncompiled
 from symplectic_adjoint._errors import ArgumentError, EventNotFoundError, SolveError, StepLimitError
 from symplectic_adjoint._tree import StateSpec
 from symplectic_adjoint._types import Func
@@ -30,6 +31,7 @@ EVENT_STEPS = 20_000
 """Limit of an endless solve whose controller sets none."""
 
 
+@uncompiled
 def solve(
     func: Func,
     y0: Any,

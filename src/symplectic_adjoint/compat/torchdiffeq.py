@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from symplectic_adjoint import gradients
+from symplectic_adjoint._compile import uncompiled
 from symplectic_adjoint._errors import UnknownNameError
 from symplectic_adjoint._types import Func
 from symplectic_adjoint.api import resolved_stepper, solve
@@ -18,6 +19,7 @@ from symplectic_adjoint.gradients import Strategy
 from symplectic_adjoint.steppers import ExplicitRK, Stepper
 
 
+@uncompiled
 def odeint(
     func: Func,
     y0: Any,
@@ -73,6 +75,7 @@ def odeint(
     ).y
 
 
+@uncompiled
 def odeint_adjoint(
     func: Func,
     y0: Any,
@@ -120,6 +123,7 @@ def odeint_adjoint(
     )
 
 
+@uncompiled
 def odeint_dense(
     func: Func,
     y0: Any,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from symplectic_adjoint._compile import uncompiled
 from symplectic_adjoint._types import as_float
 from symplectic_adjoint.capture import Capture, detached
 from symplectic_adjoint.field import DetachedField, Field
@@ -29,6 +30,7 @@ class Dense:
         self.problem = problem
         self.nodes = torch.tensor(nodes, dtype=torch.float64)
 
+    @uncompiled
     def __call__(self, t: Tensor) -> Any:
         flat, order = (t.reshape(-1) * self.problem.direction).sort()
         times = flat * self.problem.direction
