@@ -92,6 +92,12 @@ class Case:
         grads = torch.autograd.grad(loss(y), list(inputs.values()), allow_unused=True)
         return dict(zip(inputs, grads, strict=True))
 
+    def gradients_of(self, run: Callable[[dict[str, Tensor]], Tensor]) -> dict[str, Tensor]:
+        """Gradients of a function of all inputs by name, by plain autograd."""
+        inputs = self.inputs()
+        grads = torch.autograd.grad(run(inputs), list(inputs.values()), materialize_grads=True)
+        return dict(zip(inputs, grads, strict=True))
+
 
 def case(
     *,

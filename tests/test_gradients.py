@@ -188,9 +188,6 @@ INSIDE = [Asking, Expecting, Enabling, Functional, Vmapped, Forward, Flow, Exact
 
 every_inside = pytest.mark.parametrize("make", INSIDE)
 
-# Forward mode loads decompositions of torch's own.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-
 
 def initial(module: nn.Module, requires_grad: bool = True) -> Any:
     if isinstance(module, Flow):

@@ -15,9 +15,6 @@ from symplectic_adjoint.steppers._base import Cotangent, DenseCotangent, Reversa
 from tests.conformance.registry import METHODS
 from tests.problems import Net
 
-# torch's own forward-mode rules are still scripted.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-
 T0, T1 = 0.2, 0.7
 
 

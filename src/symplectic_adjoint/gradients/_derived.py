@@ -192,7 +192,8 @@ class _Derived(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        rows = [_Derived.apply(*sample) for sample in samples(info, in_dims, args)]
+        apply: Callable[..., tuple[Tensor, ...]] = _Derived.apply
+        rows = [apply(*sample) for sample in samples(info, in_dims, args)]
         columns = list(zip(*rows, strict=True))
         return tuple(torch.stack(column) for column in columns), (0,) * len(columns)
 

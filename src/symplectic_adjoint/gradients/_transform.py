@@ -168,10 +168,11 @@ class _Record(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         draws = _Draws(info.randomness, args[1].device)
+        apply: Callable[..., tuple[Tensor, Tensor]] = _Record.apply
         tickets, steps = [], []
         for sample in samples(info, in_dims, args):
             with draws.sample():
-                ticket, nodes = _Record.apply(*sample)
+                ticket, nodes = apply(*sample)
             tickets.append(ticket)
             steps.append(nodes)
         return (torch.stack(tickets), _padded(steps)), (0, 0)

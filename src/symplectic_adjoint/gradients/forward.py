@@ -122,7 +122,8 @@ class Forward(Strategy):
             return y
 
         def push(*ts: Tensor) -> Tensor:
-            return torch.func.jvp(outputs, tuple(xs[i] for i in moved), ts)[1]
+            dy: Tensor = torch.func.jvp(outputs, tuple(xs[i] for i in moved), ts)[1]
+            return dy
 
         if len(chunk) > 1:
             # Where func cannot be seen through, one by one.
@@ -160,7 +161,8 @@ def _directions(sweep: Sweep, xs: Sequence[Tensor]) -> Iterator[Direction]:
 
 def _units(x: Tensor) -> Iterator[Tensor]:
     """Unit tangents; of a complex tensor, real ones and then imaginary ones."""
-    for unit in (1.0, 1.0j) if x.is_complex() else (1.0,):
+    units: Any = (1.0, 1.0j) if x.is_complex() else (1.0,)
+    for unit in units:
         for i in range(x.numel()):
             tangent = torch.zeros_like(x, memory_format=torch.contiguous_format)
             tangent.view(-1)[i] = unit
