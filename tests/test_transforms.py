@@ -208,16 +208,14 @@ def test_vmap_over_parameters_solves_an_ensemble() -> None:
     got = vmap(run, in_dims=(0, 0, None))(params, buffers, X)
     close(got, wanted, 0.0)
     own = [
-        torch.autograd.grad(y.square().sum(), list(m.parameters())) for y, m in zip(wanted, modules)
+        torch.autograd.grad(y.square().sum(), list(m.parameters()))
+        for y, m in zip(wanted, modules, strict=False)
     ]
     stacked = torch.autograd.grad(got.square().sum(), list(params.values()))
     close(stacked, [torch.stack(parts) for parts in zip(*own, strict=True)])
 
     def loss(params: Any, y0: Tensor) -> Tensor:
-        return run(params, buffers_of(buffers), y0).square().sum()
-
-    def buffers_of(buffers: Any) -> Any:
-        return buffers
+        return run(params, buffers, y0).square().sum()
 
     inside = vmap(grad(loss), in_dims=(0, None))(params, X)
     close([inside[name] for name in params], stacked)
@@ -256,7 +254,9 @@ def test_vmap_over_times_and_extra_arguments() -> None:
         y: Tensor = sa.solve(lambda t, y, a: a * torch.sin(y) * t, X, t, args=(gain,)).y[-1].sum()
         return y
 
-    wanted = [torch.autograd.functional.jacobian(run, (a, b)) for a, b in zip(t, gains)]
+    wanted = [
+        torch.autograd.functional.jacobian(run, (a, b)) for a, b in zip(t, gains, strict=False)
+    ]
     got = vmap(grad(run, argnums=(0, 1)))(t, gains)
     close(got, [torch.stack(parts) for parts in zip(*wanted, strict=True)])
 
@@ -313,13 +313,17 @@ SECOND: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SECOND)
 @pytest.mark.parametrize("strategy", [s for s in REVERSED if s.method is None], ids=label)
-def test_second_derivatives_are_those_of_plain_autograd(strategy: Strategy, name: str) -> None:
-    close(SECOND[name](scalar(end(net(), strategy)))(X), reference(2)(X))
+def test_second_derivatives_are_those_of_plain_autograd(strategy: Strategy) -> None:
+    close(hessian(scalar(end(net(), strategy)))(X), reference(2)(X))
 
 
 @pytest.mark.parametrize("name", SECOND)
+def test_second_derivatives_in_every_mode(name: str) -> None:
+    close(SECOND[name](scalar(end(net())))(X), reference(2)(X))
+
+
+@pytest.mark.parametrize("name", ["hessian", "jacrev jacrev"])
 def test_vmap_of_second_derivatives_is_a_loop(name: str) -> None:
     got = vmap(SECOND[name](scalar(end(net()))))(BATCH)
     close(got, looped(reference(2), BATCH))
@@ -337,7 +341,7 @@ def test_hessian_vector_products_in_every_mode() -> None:
 def test_third_derivatives_in_mixed_modes() -> None:
     fn, wanted = scalar(end(net())), reference(3)(X)
     close(jacrev(jacfwd(jacrev(fn)))(X), wanted)
-    close(jacfwd(jacrev(jacfwd(fn)))(X), wanted)
+    close(jacfwd(jacfwd(grad(fn)))(X), wanted)
 
 
 def test_gradient_of_a_batch_and_batch_of_batches() -> None:
@@ -412,10 +416,12 @@ def test_params_makes_all_other_tensors_of_a_transform_constants() -> None:
 def test_what_transforms_cannot_give_is_refused() -> None:
     with pytest.raises(sa.ArgumentError, match="ask for all times in t"):
         grad(lambda x: sa.solve(lambda t, y: -y, x, [0.0, 1.0], dense=True).y.sum())(X)
-    with pytest.raises(sa.ArgumentError, match="torch.autograd"):
+    with pytest.raises(sa.ArgumentError, match=r"torch\.autograd"):
         grad(lambda x: sa.solve(lambda t, y: -y, x, [0.0, 1.0], event=lambda t, y: t).y.sum())(X)
-    with pytest.raises(sa.NonFiniteError, match="sample|component"):
-        vmap(lambda x: sa.odeint(lambda t, y: y / (t < 0.5), x, [0.0, 1.0], method="euler"))(BATCH)
+    with pytest.raises(sa.NonFiniteError, match=r"component \d"):
+        vmap(lambda x: sa.odeint(lambda t, y: y / (t < 0.5), x, [0.0, 0.5, 1.0], method="euler"))(
+            BATCH
+        )
 
 
 @pytest.mark.parametrize("name", [*SECOND, "hvp"])

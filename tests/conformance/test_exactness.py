@@ -39,7 +39,8 @@ BOUND = 1e-12
 EXACT = strategies(exact=True)
 # How parameter gradients are summed is an option apart from how steps are reversed.
 SUMMED = [s for s in EXACT if "accumulate" in label(s)]
-REVERSED = [s for s in EXACT if s not in SUMMED]
+TANGENT = [s for s in EXACT if s.name == "forward"]
+REVERSED = [s for s in EXACT if s not in (*SUMMED, *TANGENT)]
 EVERYWHERE = [s for s in EXACT if s.method is None]
 
 OUTPUTS = {
@@ -128,6 +129,13 @@ def test_gradient_equals_that_of_autograd_on_the_frozen_grid(
 def test_gradient_is_exact_however_it_is_summed(method: str, strategy: Strategy) -> None:
     test_gradient_equals_that_of_autograd_on_the_frozen_grid(
         method, strategy, tree=True, outputs="dense", decreasing=True, wants_time=True
+    )
+
+
+@pytest.mark.parametrize(("method", "strategy"), pairs(TANGENT))
+def test_gradient_is_exact_where_no_step_is_reversed(method: str, strategy: Strategy) -> None:
+    test_gradient_equals_that_of_autograd_on_the_frozen_grid(
+        method, strategy, tree=True, outputs="dense", decreasing=False, wants_time=True
     )
 
 
