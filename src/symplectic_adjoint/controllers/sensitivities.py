@@ -104,7 +104,11 @@ class SensitivityControl(Adaptive):
         z = torch.stack([y, *first])
         tangents = TangentField(field, z, setting.inputs, [parts for _, parts in directions])
         start = stepper.begin(as_float(state.t), z)
-        with RandomState(field.device).restored():
+        before = RandomState(field.device)
+        with before.restored():
+            stepper.slope(tangents, start)
+            # The derivatives need the very numbers that the stages have drawn.
+            field.random = field.random or not before.same(RandomState(field.device))
             pace = replace(plain, norm=_largest(self.norm)).begin(
                 tangents, stepper, start, self._tolerances(setting, z)
             )
