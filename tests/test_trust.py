@@ -373,6 +373,17 @@ def test_complex_states_are_checked_in_double_precision() -> None:
     assert check.verdict == "rounding, resolved"
 
 
+def test_under_autocast_the_reference_is_not_rounded() -> None:
+    net = problems.Net(dtype=torch.float32)
+    y0 = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check = sa.check_gradient(net, y0, [0.0, 1.0], rtol=1e-2, atol=1e-2)
+    full = sa.check_gradient(net, y0, [0.0, 1.0], rtol=1e-2, atol=1e-2)
+    assert check.reference is torch.float64
+    assert check.verdict.startswith("rounding")
+    assert check.total > 1e-4 > 100 * full.total
+
+
 def test_a_random_function_is_checked_with_the_numbers_it_drew() -> None:
     net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 3)).double()
     y0 = torch.randn(4, 3, dtype=torch.float64)
@@ -617,6 +628,26 @@ def test_a_random_function_takes_the_same_steps_under_every_strategy(
     assert torch.equal(drawn, quiet_drawn)
     for got, right in zip(grads(sol), grads(plain), strict=True):
         assert problems.relative_error(got, right) < 1e-12
+
+
+def test_derivatives_begin_anew_where_the_solution_does() -> None:
+    """Where ``f`` jumps, a step begins with a new evaluation in place of the last one's."""
+    stepper = steppers.get("dopri5")
+    y0 = torch.ones(2, dtype=torch.float64)
+    after: list[float] = []
+    field = GraphField(lambda t, y: -3.0 * y if after else torch.sin(y), y0)
+    state = stepper.begin(0.0, y0)
+    setting = Setting(1.0, 1.0, 0.1, 0.1, inputs=[("y0", y0)])
+    pace: Any = sa.SensitivityControl().begin(field, stepper, state, setting)
+    step = stepper.step(field, state, 0.1)
+    assert pace.accepts(field, stepper, step, 0.0, 0.1)
+    assert torch.equal(pace.state.y[0], step.y1)
+    after.append(0.1)
+    anew = stepper.step(field, stepper.begin(0.1, step.y1), 0.2)
+    before = pace.state.y[1]
+    assert pace.accepts(field, stepper, anew, 0.1, 0.2)
+    assert torch.equal(pace.state.y[0], anew.y1)
+    assert torch.allclose(pace.state.y[1], before * math.exp(-0.3), rtol=1e-6)
 
 
 def test_a_derivative_that_is_not_finite_is_named() -> None:

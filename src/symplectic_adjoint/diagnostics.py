@@ -440,7 +440,7 @@ def _random_loss(outputs: Sequence[Tensor]) -> Tensor:
     draw = torch.Generator().manual_seed(0)
     parts = []
     for y in outputs:
-        weights = torch.randn(y[1:].shape, generator=draw, dtype=torch.float64)
+        weights = torch.randn(y[1:].shape, generator=draw, dtype=_wide(y.dtype))
         parts.append((weights.to(y) * y[1:]).sum().real)
     return torch.stack(parts).sum()
 
