@@ -129,8 +129,8 @@ class GradientCheck:
         """A word for the gradient and one for the steps, such as ``"exact, resolved"``.
 
         The first is ``"exact"``, ``"rounding"`` (exact up to the rounding of a low precision) or
-        ``"inexact"``; the second ``"resolved"``, ``"under-resolved"``, ``"unreliable"`` or
-        ``"unknown"``.
+        ``"inexact"``; the second ``"resolved"``, ``"under-resolved"``, ``"coarse"`` (not one digit
+        of the gradient is right, nor many of the solution), ``"unreliable"`` or ``"unknown"``.
         """
         return f"{self._exactness}, {self._resolution}"
 
@@ -146,7 +146,9 @@ class GradientCheck:
             return "unknown"
         if self.under_resolved:
             return "under-resolved"
-        return "resolved" if self.reliable else "unreliable"
+        if not self.reliable:
+            return "unreliable"
+        return "coarse" if self.discretisation.total > 0.1 else "resolved"
 
     @property
     def _worst(self) -> float:
@@ -438,7 +440,7 @@ def _random_loss(outputs: Sequence[Tensor]) -> Tensor:
     draw = torch.Generator().manual_seed(0)
     parts = []
     for y in outputs:
-        weights = torch.randn(y[1:].shape, generator=draw, dtype=torch.float64)
+        weights = torch.randn(y[1:].shape, generator=draw, dtype=_wide(y.dtype))
         parts.append((weights.to(y) * y[1:]).sum().real)
     return torch.stack(parts).sum()
 

@@ -19,7 +19,13 @@ def float32_error(gradient: sa.Symplectic | sa.Backprop, tolerance: float, seed:
     net = Net(dim=4, hidden=16, seed=seed, dtype=torch.float32)
     y0 = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
     check = sa.check_gradient(
-        net, y0, [0.0, 0.5], rtol=tolerance, atol=tolerance, gradient=gradient
+        net,
+        y0,
+        [0.0, 0.5],
+        rtol=tolerance,
+        atol=tolerance,
+        gradient=gradient,
+        discretisation=False,
     )
     assert check.reference is torch.float64
     return check.total
@@ -63,7 +69,13 @@ def test_the_continuous_adjoint_converges_to_the_exact_gradient(seminorm: bool) 
     y0 = torch.randn(4, 3, dtype=torch.float64)
     errors = [
         sa.check_gradient(
-            net, y0, [0.0, 2.0], rtol=tol, atol=tol, gradient=sa.Continuous(seminorm=seminorm)
+            net,
+            y0,
+            [0.0, 2.0],
+            rtol=tol,
+            atol=tol,
+            gradient=sa.Continuous(seminorm=seminorm),
+            discretisation=False,
         ).total
         for tol in (1e-4, 1e-7, 1e-10)
     ]

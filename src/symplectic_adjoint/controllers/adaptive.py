@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -83,15 +83,15 @@ class Adaptive:
                     "first_step > 0"
                 )
 
-    @staticmethod
-    def pi(**options: Any) -> Adaptive:
+    @classmethod
+    def pi(cls, **options: Any) -> Self:
         """A PI controller (p = 0.4, i = 0.3), smoother than the I controller on stiff stretches."""
-        return Adaptive(**{"pcoeff": 0.4, "icoeff": 0.3, **options})
+        return cls(**{"pcoeff": 0.4, "icoeff": 0.3, **options})
 
-    @staticmethod
-    def pid(**options: Any) -> Adaptive:
+    @classmethod
+    def pid(cls, **options: Any) -> Self:
         """A PID controller (p = 0.3, i = 0.3, d = 0.1)."""
-        return Adaptive(**{"pcoeff": 0.3, "icoeff": 0.3, "dcoeff": 0.1, **options})
+        return cls(**{"pcoeff": 0.3, "icoeff": 0.3, "dcoeff": 0.1, **options})
 
     def begin(self, field: Field, stepper: Stepper, state: Any, setting: Setting) -> Pace:
         """Start pacing a solve, choosing the first step.

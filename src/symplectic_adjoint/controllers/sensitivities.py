@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from symplectic_adjoint._errors import ArgumentError, UnknownNameError
-from symplectic_adjoint._types import Norm, as_float
+from symplectic_adjoint._types import Norm, Time, as_float
 from symplectic_adjoint.controllers._base import Pace, Setting
 from symplectic_adjoint.controllers.adaptive import Adaptive
 from symplectic_adjoint.field import Field, RandomState, Stage
@@ -104,11 +104,15 @@ class SensitivityControl(Adaptive):
         z = torch.stack([y, *first])
         tangents = TangentField(field, z, setting.inputs, [parts for _, parts in directions])
         start = stepper.begin(as_float(state.t), z)
-        with RandomState(field.device).restored():
+        before = RandomState(field.device)
+        with before.restored():
+            stepper.slope(tangents, start)
+            # The derivatives need the very numbers that the stages have drawn.
+            field.random = field.random or not before.same(RandomState(field.device))
             pace = replace(plain, norm=_largest(self.norm)).begin(
                 tangents, stepper, start, self._tolerances(setting, z)
             )
-        return SensitivityPace(pace, tangents, start)
+        return SensitivityPace(pace, tangents, start, state.node)
 
     def _directions(self, inputs: Sequence[tuple[str, Tensor]], y: Tensor) -> list[Direction]:
         """Random directions of each watched input."""
@@ -155,10 +159,19 @@ class SensitivityControl(Adaptive):
 class SensitivityPace:
     """Judges an attempted step by the same step of the augmented equation."""
 
-    def __init__(self, pace: Pace, tangents: TangentField, state: Any) -> None:
+    def __init__(self, pace: Pace, tangents: TangentField, state: Any, node: Stage) -> None:
+        """Pace a solve.
+
+        Args:
+            pace: That of the augmented equation.
+            tangents: Its field.
+            state: Its first state.
+            node: The stage at which the next step starts, unless it begins anew.
+        """
         self.pace = pace
         self.tangents = tangents
         self.state = state
+        self.node = node
 
     def propose(self, t: float) -> float:
         return self.pace.propose(t)
@@ -167,13 +180,16 @@ class SensitivityPace:
         if field.random:
             stepper.error(field, step)  # so that the random state of every stage is known
         tokens = stepper.save(step, stages=False).tokens
+        start = step.start
+        if start.node is not self.node:
+            self.state, self.node = stepper.begin(_plain(start.t), self.state.y), start.node
         if tokens:
             self.state.node.token = tokens[0]
         with RandomState(field.device).restored():
-            attempt = stepper.step(self.tangents, self.state, t1, tokens)
+            attempt = stepper.step(self.tangents, self.state, _plain(step.t1), tokens)
             accepted = self.pace.accepts(self.tangents, stepper, attempt, t, t1)
         if accepted:
-            self.state = stepper.end(attempt)
+            self.state, self.node = stepper.end(attempt), stepper.end(step).node
         return accepted
 
 
@@ -240,6 +256,10 @@ class TangentField(Field):
         row, inner = divmod(index, math.prod(self.shape[1:]))
         where = self.field.locate(inner)
         return f"the derivative of {where} along direction {row - 1}" if row else where
+
+
+def _plain(t: Time) -> float:
+    return as_float(t) if isinstance(t, Tensor) else t
 
 
 def _below(name: str, path: str) -> bool:
