@@ -113,6 +113,7 @@ def shape(solution: sa.Solution, adaptive: bool, moved: bool, strategy: Strategy
             adaptive=adaptive,
             selected=adaptive,
             solves=len(t) - 1,
+            further=solution.stats.backward_further,
         )
     return SolveShape(
         accepted=len(dense),
@@ -123,6 +124,7 @@ def shape(solution: sa.Solution, adaptive: bool, moved: bool, strategy: Strategy
         selected=adaptive,
         moved=len(t) - 1 if moved else 0,
         adjoint=own,
+        further=solution.stats.further,
     )
 
 
@@ -159,7 +161,7 @@ def assert_within_table(
     """The table of costs in docs/gradients.md, without what rejections and step selection add."""
     s = stepper.tableau.stages if isinstance(stepper, sa.ExplicitRK) else 1
     extras = stepper.work.extra + 1  # the node, too, may be needed for dense outputs alone
-    cost = seen.accepted * s + seen.dense * extras + 1
+    cost = seen.accepted * s + seen.dense * extras + 1 + seen.further
     forward = seen.stages(stepper.work)
     assert forward <= cost
     if isinstance(strategy, sa.Continuous):
@@ -168,7 +170,7 @@ def assert_within_table(
         own_s = own.tableau.stages if isinstance(own, sa.ExplicitRK) else 1
         attempts = seen.adjoint.accepted + seen.adjoint.rejected
         # Each interval selects its first step, and its last node may be evaluated for the error.
-        cost_back = attempts * own_s + seen.adjoint.solves * 3
+        cost_back = attempts * own_s + seen.adjoint.solves * 3 + seen.adjoint.further
         assert forward + backward <= cost + 2 * cost_back + seen.moved
         return
     factors = {"backprop": 2, "checkpoint": 3, "aca": 3, "mali": 4, "symplectic": 3}

@@ -13,6 +13,7 @@ Example:
 from symplectic_adjoint._errors import (
     ArgumentError,
     CaptureError,
+    ConvergenceWarning,
     EventGradientError,
     EventNotFoundError,
     EventOutputError,
@@ -45,7 +46,7 @@ from symplectic_adjoint.interpolation import Interpolation, fill_missing
 from symplectic_adjoint.loop import Stats
 from symplectic_adjoint.models import Autonomous, NeuralODE
 from symplectic_adjoint.solution import Solution
-from symplectic_adjoint.steppers import ALF, ExplicitRK
+from symplectic_adjoint.steppers import ALF, ExplicitAdams, ExplicitRK, ImplicitAdams
 
 __all__ = [
     "ACA",
@@ -58,6 +59,8 @@ __all__ = [
     "CaptureError",
     "Checkpoint",
     "Continuous",
+    "ConvergenceWarning",
+    "ExplicitAdams",
     "Crossing",
     "Event",
     "EventGradientError",
@@ -67,6 +70,7 @@ __all__ = [
     "FieldOutputError",
     "FixedGrid",
     "GradientCheck",
+    "ImplicitAdams",
     "Interpolation",
     "NeuralODE",
     "NonFiniteError",
