@@ -467,7 +467,9 @@ def test_step_size_and_grid_exclude_each_other() -> None:
 
 @pytest.mark.parametrize("method", steppers.names())
 def test_every_method_takes_fixed_steps(method: str) -> None:
-    solution = solved(sa.FixedGrid(step_size=0.01), method=method)
+    # With its default order the explicit Adams method is stable for much smaller steps only.
+    chosen = sa.ExplicitAdams(max_order=4) if method == "explicit_adams" else method
+    solution = solved(sa.FixedGrid(step_size=0.01), method=chosen)
     assert solution.stats.accepted == 100
     assert solution.stats.rejected == 0
     exact = solved(sa.Adaptive(), rtol=1e-11, atol=1e-11)

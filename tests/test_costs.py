@@ -119,6 +119,7 @@ def shape(solution: sa.Solution, adaptive: bool, moved: bool, strategy: Strategy
             adaptive=adaptive,
             selected=adaptive,
             solves=len(t) - 1,
+            further=solution.stats.backward_further,
         )
     return SolveShape(
         accepted=len(dense),
@@ -130,6 +131,7 @@ def shape(solution: sa.Solution, adaptive: bool, moved: bool, strategy: Strategy
         moved=len(t) - 1 if moved else 0,
         adjoint=own,
         scalars=INPUTS + (1 + (2 if adaptive else len(steps)) if moved else 0),
+        further=solution.stats.further,
     )
 
 
@@ -166,7 +168,7 @@ def assert_within_table(
     """The table of costs in docs/gradients.md, without what rejections and step selection add."""
     s = stepper.tableau.stages if isinstance(stepper, sa.ExplicitRK) else 1
     extras = stepper.work.extra + 1  # the node, too, may be needed for dense outputs alone
-    cost = seen.accepted * s + seen.dense * extras + 1
+    cost = seen.accepted * s + seen.dense * extras + 1 + seen.further
     forward = seen.stages(stepper.work)
     assert forward <= cost
     if isinstance(strategy, sa.Continuous):
@@ -175,7 +177,7 @@ def assert_within_table(
         own_s = own.tableau.stages if isinstance(own, sa.ExplicitRK) else 1
         attempts = seen.adjoint.accepted + seen.adjoint.rejected
         # Each interval selects its first step, and its last node may be evaluated for the error.
-        cost_back = attempts * own_s + seen.adjoint.solves * 3
+        cost_back = attempts * own_s + seen.adjoint.solves * 3 + seen.adjoint.further
         assert forward + backward <= cost + 2 * cost_back + seen.moved
         return
     if isinstance(strategy, sa.Forward):

@@ -188,6 +188,7 @@ def ends(t0: float, span: float, dtype: torch.dtype) -> list[float]:
     return [float(first), float(last)]
 
 
+@pytest.mark.filterwarnings("ignore::symplectic_adjoint.ConvergenceWarning")
 @pytest.mark.parametrize("method", METHODS)
 @given(
     t0=st.sampled_from([0.0, 1e-3, -7.3, 1e4, -1e7]),
@@ -563,6 +564,7 @@ def test_the_ends_of_a_solve_move_its_dense_output(strategy: Strategy) -> None:
         assert abs(float(got[1] - wanted[3])) < 1e-12 * abs(float(wanted[0]))
 
 
+@pytest.mark.filterwarnings("ignore::symplectic_adjoint.ConvergenceWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_dense_output_is_there_for_every_method(method: str) -> None:
     func, y0, inputs = state(tree=False)

@@ -13,6 +13,7 @@ Example:
 from symplectic_adjoint._errors import (
     ArgumentError,
     CaptureError,
+    ConvergenceWarning,
     EventGradientError,
     EventNotFoundError,
     EventOutputError,
@@ -46,7 +47,7 @@ from symplectic_adjoint.interpolation import Interpolation, fill_missing
 from symplectic_adjoint.loop import Stats
 from symplectic_adjoint.models import Autonomous, NeuralODE
 from symplectic_adjoint.solution import Solution
-from symplectic_adjoint.steppers import ALF, ExplicitRK
+from symplectic_adjoint.steppers import ALF, ExplicitAdams, ExplicitRK, ImplicitAdams
 
 __all__ = [
     "ACA",
@@ -59,16 +60,19 @@ __all__ = [
     "CaptureError",
     "Checkpoint",
     "Continuous",
+    "ConvergenceWarning",
     "Crossing",
     "Event",
     "EventGradientError",
     "EventNotFoundError",
     "EventOutputError",
+    "ExplicitAdams",
     "ExplicitRK",
     "FieldOutputError",
     "FixedGrid",
     "Forward",
     "GradientCheck",
+    "ImplicitAdams",
     "Interpolation",
     "NeuralODE",
     "NonFiniteError",

@@ -70,6 +70,10 @@ class UnderResolvedWarning(UserWarning):
     """The steps resolve the solution, but not its derivatives; see ``check_gradient``."""
 
 
+class ConvergenceWarning(UserWarning):
+    """An iteration within a step ended before it reached its tolerance."""
+
+
 class SolveError(SymplecticAdjointError, RuntimeError):
     """A solve could not reach the end of its interval.
 

@@ -25,7 +25,7 @@ from symplectic_adjoint.gradients._transform import solve_lifted
 from symplectic_adjoint.problem import Problem, as_times, flat_func
 from symplectic_adjoint.progress import reporter
 from symplectic_adjoint.solution import Solution
-from symplectic_adjoint.steppers import Stepper
+from symplectic_adjoint.steppers import Stepper, within
 
 EVENT_STEPS = 20_000
 """Limit of an endless solve whose controller sets none."""
@@ -101,7 +101,7 @@ def solve(
     """
     _check(func, args, controller)
     strategy = gradients.get(gradient)
-    stepper = resolved_stepper(method, strategy)
+    stepper = within(resolved_stepper(method, strategy), rtol, atol)
     strategy.check(stepper)
     events = listed(event)
     if controller is None:

@@ -33,6 +33,7 @@ class SolveShape:
         adjoint: The solves of the backward pass, where it solves an equation of its own.
         scalars: How many numbers a gradient is wanted of: elements of tensors, times of steps, and
             one for all output times.
+        further: Further stages of its steps, where the method's ``work`` varies.
     """
 
     accepted: int
@@ -45,19 +46,19 @@ class SolveShape:
     moved: int = 0
     adjoint: SolveShape | None = None
     scalars: int = 0
+    further: int = 0
 
     @staticmethod
-    def of(outputs: Sequence[Outputs]) -> SolveShape:
+    def of(outputs: Sequence[Outputs], further: int = 0) -> SolveShape:
         """The shape of accepted steps alone, from the outputs that each holds."""
         dense = [held.dense for held in outputs]
-        return SolveShape(len(dense), dense=sum(dense), dense_end=any(dense[-1:]))
+        return SolveShape(len(dense), dense=sum(dense), dense_end=any(dense[-1:]), further=further)
 
     def stages(self, work: Work) -> int:
         """Evaluations on which the solution depends: each takes one product in reverse."""
         nodes = self.accepted - self.solves + self._last_node(work)
-        return (
-            self.solves + self.accepted * work.inner + nodes * work.node + self.dense * work.extra
-        )
+        every = self.accepted * work.inner + nodes * work.node + self.dense * work.extra
+        return self.solves + every + self.further
 
     def evaluations(self, work: Work) -> int:
         """Evaluations of the forward pass, for a method whose steps take ``work``."""
@@ -85,6 +86,9 @@ class Stats:
         backward_accepted: Accepted steps of the last backward pass, where it solves an equation of
             its own.
         backward_rejected: Its rejected attempts.
+        further: Of the evaluations, those of iterations and starting steps in accepted steps.
+        backward_further: The same, of the last backward pass, where it solves an equation of its
+            own.
     """
 
     accepted: int = 0
@@ -94,6 +98,8 @@ class Stats:
     products: int = 0
     backward_accepted: int = 0
     backward_rejected: int = 0
+    further: int = 0
+    backward_further: int = 0
 
 
 def integrate(
@@ -125,6 +131,8 @@ def integrate(
         step = stepper.step(field, state, knots.get(t1, t1))
         if pace.accepts(field, stepper, step, t, t1):
             stats.accepted += 1
+            if stepper.work.varies:
+                stats.further += step.further
             yield step
             state, t = stepper.end(step), t1
         else:

@@ -7,6 +7,7 @@ was computed on the frozen grid.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from symplectic_adjoint.dense import Interpolant
-from symplectic_adjoint.steppers import ExplicitRK, Stepper
+from symplectic_adjoint import tableaus
+from symplectic_adjoint.dense import Interpolant, hermite, linear
+from symplectic_adjoint.steppers import ExplicitAdams, ExplicitRK, ImplicitAdams, Stepper
+from symplectic_adjoint.tableaus import Tableau
 
 Leaves = list[Tensor]
 Field = Callable[[Tensor, Leaves], Leaves]
@@ -31,6 +34,7 @@ def frozen(
     times: Sequence[Tensor],
     args: Sequence[Any] = (),
     interpolant: Interpolant | None = None,
+    tolerance: tuple[float, float] = (1.0, 1.0),
 ) -> Any:
     """The solution at ``t`` on given step times.
 
@@ -43,6 +47,7 @@ def frozen(
         times: Output times, 0-dim tensors.
         args: Extra arguments.
         interpolant: A continuous extension in place of the method's own.
+        tolerance: Relative and absolute tolerance of iterations within a step.
 
     Returns:
         Like ``y0``, with a leading dimension for the times.
@@ -53,8 +58,11 @@ def frozen(
         slope = func(time, pytree.tree_unflatten(state, tree), *args)
         return pytree.tree_flatten(slope)[0]
 
+    step: Any
     if isinstance(stepper, ExplicitRK):
-        step = _RungeKutta(stepper, interpolant)
+        step = _RungeKutta(stepper.tableau, interpolant)
+    elif isinstance(stepper, ExplicitAdams | ImplicitAdams):
+        step = _Adams(stepper, tolerance)
     else:
         assert stepper.name == "alf", f"write down method {stepper.name!r} here"
         step = _Leapfrog()
@@ -146,9 +154,9 @@ def _polynomials(rows: Sequence[Sequence[float]], theta: Tensor) -> list[Tensor]
 class _RungeKutta:
     """Explicit Runge-Kutta by its Butcher tableau and the polynomials of its interpolant."""
 
-    def __init__(self, stepper: ExplicitRK, interpolant: Interpolant | None) -> None:
-        self.tableau = stepper.tableau
-        self.interpolant = interpolant or stepper.tableau.interpolant
+    def __init__(self, tableau: Tableau, interpolant: Interpolant | None) -> None:
+        self.tableau = tableau
+        self.interpolant = interpolant or tableau.interpolant
 
     def start(self, field: Field, t: Tensor, y: Leaves) -> tuple[Leaves]:
         return (y,)
@@ -181,13 +189,100 @@ class _Leapfrog:
         v1 = [2 * b - a for a, b in zip(v, u, strict=True)]
         y1 = _plus(y, h / 2, [1.0, 1.0], [v, v1])
 
-        def inside(theta: Tensor) -> Leaves:
-            """Hermite's basis on the values and slopes at both ends."""
-            rise = 3 * theta**2 - 2 * theta**3
-            left, right = theta * (1 - theta) ** 2, theta**2 * (theta - 1)
-            return [
-                a + rise * (b - a) + h * (left * p + right * q)
-                for a, b, p, q in zip(y, y1, v, v1, strict=True)
-            ]
+        return (y1, v1), lambda theta: _hermite(theta, h, (y, v), (y1, v1))
 
-        return (y1, v1), inside
+
+class _Adams:
+    """Adams-Bashforth and Adams-Moulton on (y, past times, past slopes), newest first."""
+
+    def __init__(
+        self, stepper: ExplicitAdams | ImplicitAdams, tolerance: tuple[float, float]
+    ) -> None:
+        tableau = tableaus.get(stepper.start)
+        self.stepper = stepper
+        self.tolerance = tolerance
+        between = linear if stepper.interp == "linear" else hermite
+        self.first = _RungeKutta(tableau, between(tableau.b, order=1))
+        self.few = min(tableau.order, stepper.max_order) - 1
+
+    def start(self, field: Field, t: Tensor, y: Leaves) -> tuple[Leaves, list[Any], list[Any]]:
+        return y, [], []
+
+    def take(self, field: Field, state: Any, t: Tensor, h: Tensor) -> Any:
+        y, times, slopes = state
+        times, slopes = [t, *times], [field(t, y), *slopes]
+        if len(times) < self.few:
+            (y1,), inside = self.first.take(field, (y,), t, h)
+            return (y1, times, slopes), inside
+        times = times[: self.stepper.max_order - 1]
+        slopes = slopes[: self.stepper.max_order - 1]
+        d = self.increment(t + h, times, times, slopes)
+        if isinstance(self.stepper, ImplicitAdams):
+            d = self.iterated(field, y, d, [t + h, *times], slopes)
+        y1 = [a + b for a, b in zip(y, d, strict=True)]
+
+        def inside(theta: Tensor) -> Leaves:
+            if self.stepper.interp == "linear":
+                return [a + theta * (b - a) for a, b in zip(y, y1, strict=True)]
+            return _hermite(theta, h, (y, slopes[0]), (y1, field(t + h, y1)))
+
+        return (y1, times, slopes), inside
+
+    def iterated(
+        self, field: Field, y: Leaves, d: Leaves, times: list[Tensor], slopes: list[Leaves]
+    ) -> Leaves:
+        """The corrector, until no element changes by more than the tolerance."""
+        assert isinstance(self.stepper, ImplicitAdams)
+        for _ in range(self.stepper.max_iters):
+            k = field(times[0], [a + b for a, b in zip(y, d, strict=True)])
+            last, d = d, self.increment(times[0], times[1:], times, [k, *slopes])
+            if all(self.close(a.detach(), b.detach()) for a, b in zip(last, d, strict=True)):
+                break
+        return d
+
+    def close(self, last: Tensor, d: Tensor) -> bool:
+        rtol, atol = self.tolerance
+        allowed = atol + rtol * torch.maximum(last.abs(), d.abs())
+        return bool(((d - last).abs() <= allowed).all())
+
+    def increment(
+        self, t1: Tensor, start: list[Tensor], nodes: list[Tensor], slopes: list[Leaves]
+    ) -> Leaves:
+        """The integral from ``start[0]`` to ``t1`` of the polynomial through the slopes."""
+        weights = [_integral(nodes, j, start[0], t1) for j in range(len(nodes))]
+        zero = [torch.zeros_like(leaf) for leaf in slopes[0]]
+        return _plus(zero, torch.ones_like(t1), weights, slopes)
+
+
+def _integral(nodes: Sequence[Tensor], j: int, a: Tensor, b: Tensor) -> Tensor:
+    """``int_a^b l_j(t) dt`` by Gauss's rule with seven points, exact up to degree 13."""
+    points, weights = _gauss(7)
+    total = torch.zeros_like(a)
+    for point, weight in zip(points, weights, strict=True):
+        t, value = (a + b) / 2 + point * (b - a) / 2, torch.ones_like(a)
+        for i, node in enumerate(nodes):
+            if i != j:
+                value = value * (t - node) / (nodes[j] - node)
+        total = total + weight * value
+    return total * (b - a) / 2
+
+
+@functools.cache
+def _gauss(n: int) -> tuple[list[float], list[float]]:
+    """Points and weights on [-1, 1] (Golub and Welsch 1969)."""
+    off = torch.arange(1, n, dtype=torch.float64)
+    off = off / torch.sqrt(4 * off**2 - 1)
+    points, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    return points.tolist(), (2 * vectors[0] ** 2).tolist()
+
+
+def _hermite(
+    theta: Tensor, h: Tensor, left: tuple[Leaves, Leaves], right: tuple[Leaves, Leaves]
+) -> Leaves:
+    """Hermite's basis on the values and slopes at both ends of a step."""
+    rise = 3 * theta**2 - 2 * theta**3
+    early, late = theta * (1 - theta) ** 2, theta**2 * (theta - 1)
+    return [
+        a + rise * (b - a) + h * (early * p + late * q)
+        for a, p, b, q in zip(*left, *right, strict=True)
+    ]

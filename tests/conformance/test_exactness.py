@@ -21,7 +21,7 @@ import symplectic_adjoint as sa
 from symplectic_adjoint import steppers
 from symplectic_adjoint.dense import linear
 from symplectic_adjoint.gradients import Strategy
-from symplectic_adjoint.steppers import ExplicitRK
+from symplectic_adjoint.steppers import ExplicitRK, Stepper
 from tests import problems
 from tests.conformance import reference
 from tests.conformance.drawn import Drawn, drawn_cases
@@ -48,20 +48,27 @@ OUTPUTS = {
     # Two in one step, some steps without any, one just before the end.
     "dense": (0.1, 0.21, 0.23, 0.7, 1.28, 1.3),
 }
+# Steps of unequal size, but not so unequal that the weights of Adams methods amplify rounding.
+GRID = (0.1, 0.21, 0.33, 0.7, 1.0, 1.3)
 
 
 def times(outputs: str, decreasing: bool) -> tuple[float, ...]:
-    values = OUTPUTS[outputs]
+    values = GRID if outputs == "grid" else OUTPUTS[outputs]
     return tuple(-t for t in values) if decreasing else values
 
 
 def replayed(
-    case: problems.Case, method: str, nodes: Callable[[Sequence[Tensor]], list[Tensor]]
+    case: problems.Case,
+    method: str | Stepper,
+    nodes: Callable[[Sequence[Tensor]], list[Tensor]],
+    tolerance: float = 1e-4,
 ) -> tuple[Any, dict[str, Tensor | None]]:
     """The reference solution of a case, and its gradients."""
     t = list(case.t)
-    stepper = steppers.get(method)
-    y = reference.frozen(stepper, case.func, case.y0, nodes(t), t, case.args)
+    stepper = steppers.get(method) if isinstance(method, str) else method
+    y = reference.frozen(
+        stepper, case.func, case.y0, nodes(t), t, case.args, tolerance=(tolerance, tolerance)
+    )
     return y, case.gradients(y)
 
 
@@ -81,18 +88,26 @@ def assert_close(got: dict[str, Tensor | None], wanted: dict[str, Tensor | None]
 
 @functools.cache
 def expected(
-    method: str, steps: tuple[float, ...], fixed: bool, problem: tuple[tuple[str, Any], ...]
+    method: str,
+    steps: tuple[float, ...],
+    fixed: bool,
+    problem: tuple[tuple[str, Any], ...],
+    tolerance: float,
 ) -> tuple[Any, dict[str, Tensor | None]]:
     """The reference solution of a problem and its gradients, once for all strategies."""
     nodes = reference.uniform_nodes if fixed else reference.adaptive_nodes
     frozen = torch.tensor(steps, dtype=torch.float64)
     case = problems.case(**dict(problem))
-    y, gradients = replayed(case, method, functools.partial(nodes, frozen))
+    y, gradients = replayed(case, method, functools.partial(nodes, frozen), tolerance)
     return pytree.tree_map(torch.Tensor.detach, y), gradients
 
 
 def solve(
-    case: problems.Case, method: str, strategy: Any, controller: Any, tolerance: float = 1e-4
+    case: problems.Case,
+    method: str | Stepper,
+    strategy: Any,
+    controller: Any,
+    tolerance: float = 1e-4,
 ) -> sa.Solution:
     return sa.solve(
         case.func,
@@ -121,7 +136,7 @@ def test_gradient_equals_that_of_autograd_on_the_frozen_grid(
     sol = solve(case, method, strategy, controller, tolerance)
     assert sol.stats.accepted > 2
     fixed = isinstance(controller, sa.FixedGrid)
-    wanted = expected(method, tuple(sol.steps.tolist()), fixed, tuple(problem.items()))
+    wanted = expected(method, tuple(sol.steps.tolist()), fixed, tuple(problem.items()), tolerance)
     assert_equal(case, sol, wanted)
 
 
@@ -144,7 +159,7 @@ def test_gradient_is_exact_where_no_step_is_reversed(method: str, strategy: Stra
 def test_every_time_of_a_grid_that_is_t_has_its_gradient(
     method: str, strategy: Strategy, decreasing: bool
 ) -> None:
-    case = problems.case(times=times("dense", decreasing), wants_time=True)
+    case = problems.case(times=times("grid", decreasing), wants_time=True)
     sol = solve(case, method, strategy, sa.FixedGrid())
     assert torch.equal(sol.steps, case.t.detach())
     assert_equal(case, sol, replayed(case, method, list))
@@ -274,7 +289,15 @@ def test_gradient_equals_that_of_autograd_on_drawn_problems(
     sol = solve(case, method, strategy, drawn.controller, drawn.tolerance)
     split = reference.Split(case.func, case.params)
     t = list(case.t)
-    y = reference.frozen(steppers.get(method), split, case.y0, nodes(sol.steps, t), t, case.args)
+    y = reference.frozen(
+        steppers.get(method),
+        split,
+        case.y0,
+        nodes(sol.steps, t),
+        t,
+        case.args,
+        tolerance=(drawn.tolerance, drawn.tolerance),
+    )
     sizes = split.sizes(problems.loss(y))
     got, wanted = case.gradients(sol.y), case.gradients(y)
     for name, right in wanted.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from symplectic_adjoint.api import resolved_stepper, solve
 from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid
 from symplectic_adjoint.dense import linear
 from symplectic_adjoint.gradients import Strategy
-from symplectic_adjoint.steppers import ExplicitRK, Stepper
+from symplectic_adjoint.steppers import ExplicitRK, Stepper, options_of
 
 
 @uncompiled
@@ -43,7 +44,8 @@ def odeint(
         method: Name of a method; "dopri5" by default.
         options: For methods with an error estimate ``first_step``, ``safety``, ``ifactor``,
             ``dfactor``, ``max_num_steps``, ``min_step``, ``max_step``, ``norm``; for the others
-            ``step_size``, ``grid_constructor`` and ``interp`` ("linear" or "cubic").
+            ``step_size``, ``grid_constructor`` and ``interp`` ("linear" or "cubic"); for Adams
+            methods also ``max_order`` and, for the implicit one, ``max_iters``.
         gradient: A strategy or its name.
         params: When given, gradients go to ``y0``, ``t`` and these tensors only.
 
@@ -191,16 +193,20 @@ _FIXED_OPTIONS = ("step_size", "grid_constructor", "interp")
 
 def _from_options(stepper: Stepper, options: Mapping[str, Any]) -> tuple[Stepper, Controller]:
     adaptive = stepper.error_order is not None
-    valid = tuple(_ADAPTIVE_OPTIONS) if adaptive else _FIXED_OPTIONS
+    own = options_of(stepper)
+    valid = (*(_ADAPTIVE_OPTIONS if adaptive else _FIXED_OPTIONS), *own)
     for name in options:
         if name not in valid:
             raise UnknownNameError(f"option of method {stepper.name!r}", name, valid)
     if adaptive:
         return stepper, Adaptive(**{_ADAPTIVE_OPTIONS[k]: v for k, v in options.items()})
-    grid = {k: v for k, v in options.items() if k != "interp"}
+    grid = {k: v for k, v in options.items() if k != "interp" and k not in own}
     interp = options.get("interp", "linear")
     if interp not in ("linear", "cubic"):
         raise UnknownNameError("interp", interp, ("linear", "cubic"))
     if interp == "linear" and isinstance(stepper, ExplicitRK):
         stepper = ExplicitRK(stepper.tableau, linear(stepper.tableau.b))
+    if own:
+        given = {k: v for k, v in options.items() if k in own}
+        stepper = dataclasses.replace(stepper, **given, interp=interp)  # type: ignore[type-var]
     return stepper, FixedGrid(**grid)

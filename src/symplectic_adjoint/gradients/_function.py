@@ -21,7 +21,7 @@ from symplectic_adjoint.gradients._base import Record, Strategy, Sweep, replay
 from symplectic_adjoint.gradients._derived import Pull, Push, Shelf, Value, derived, tangents_like
 from symplectic_adjoint.loop import Outputs, Stats
 from symplectic_adjoint.steppers import Stepper
-from symplectic_adjoint.steppers._base import Reversal, Saved, TimeCotangents
+from symplectic_adjoint.steppers._base import Reversal, TimeCotangents
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Tape:
         for record in self.records:
             tensors += record.saved.tensors
             counts.append(len(record.saved.tensors))
-            record.saved = Saved((), record.saved.tokens)
+            record.saved = record.saved._replace(tensors=())
         self._counts = counts
         return tensors
 
@@ -85,7 +85,7 @@ class Tape:
             parts.append(tensors[position : position + count])
             position += count
         records = [
-            Record(Saved(part, record.saved.tokens), record.graphs)
+            Record(record.saved._replace(tensors=part), record.graphs)
             for part, record in zip(parts[1:], self.records, strict=True)
         ]
         for record in self.records:
@@ -296,6 +296,7 @@ def _differentiable(recording: _Recording, needs: Sequence[bool], g: Tensor) -> 
 def _write_stats(stats: Stats, field: Field, own: Stats) -> None:
     stats.backward_evaluations, stats.products = field.evaluations, field.products
     stats.backward_accepted, stats.backward_rejected = own.accepted, own.rejected
+    stats.backward_further = own.further
 
 
 def _time_cotangents(tape: Tape, wanted: bool, y0: Tensor) -> TimeCotangents | None:

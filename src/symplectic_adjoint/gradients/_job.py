@@ -184,7 +184,7 @@ def _backprop(job: Job) -> tuple[Solution, SolveError | None]:
         GraphDense(job.problem, job.stepper, job.capture, field, steps) if job.keep_dense else None
     )
     if result.y.requires_grad:
-        counts = job.strategy.counts(job.stepper, SolveShape.of(result.outputs))
+        counts = job.strategy.counts(job.stepper, SolveShape.of(result.outputs, stats.further))
         result.y.register_hook(functools.partial(_write_counts, stats, counts))
 
     def again(tau: Tensor, y: Tensor) -> Tensor:

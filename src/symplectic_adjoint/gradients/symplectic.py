@@ -106,5 +106,5 @@ class Symplectic(Strategy):
             return Counts(0, stages)
         if self.store == "stages":
             return Counts(stages, stages)
-        again = shape.accepted * work.points + shape.dense * work.dense_points
+        again = shape.accepted * work.points + shape.dense * work.dense_points + shape.further
         return Counts(stages + again + (shape.dense_end and work.points_node), stages)

@@ -1,19 +1,31 @@
-"""One-step methods: each has ``step`` and, beside it in the same file, ``transpose``."""
+"""Methods: each has ``step`` and, beside it in the same file, ``transpose``."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
 
 from symplectic_adjoint import tableaus
 from symplectic_adjoint._errors import UnknownNameError
 from symplectic_adjoint.steppers._base import Stepper
 from symplectic_adjoint.steppers.alf import ALF
 from symplectic_adjoint.steppers.explicit_rk import ExplicitRK
+from symplectic_adjoint.steppers.multistep import ExplicitAdams, ImplicitAdams
 
-__all__ = ["ALF", "ExplicitRK", "Stepper", "get", "names"]
+__all__ = ["ALF", "ExplicitAdams", "ExplicitRK", "ImplicitAdams", "Stepper", "get", "names"]
+
+_OTHERS: dict[str, Callable[[], Stepper]] = {
+    "alf": ALF,
+    "explicit_adams": ExplicitAdams,
+    "implicit_adams": ImplicitAdams,
+}
+_ALIASES = {"fixed_adams": "implicit_adams"}
 
 
 def names() -> tuple[str, ...]:
     """Names of all methods."""
-    return (*tableaus.names(), ALF.name)
+    return (*tableaus.names(), *_OTHERS)
 
 
 def get(name: str) -> Stepper:
@@ -26,8 +38,20 @@ def get(name: str) -> Stepper:
         >>> get("dopri5").order
         5
     """
-    if name == ALF.name:
-        return ALF()
+    name = _ALIASES.get(name, name)
+    if name in _OTHERS:
+        return _OTHERS[name]()
     if name not in names():
-        raise UnknownNameError("method", name, names())
+        raise UnknownNameError("method", name, (*names(), *_ALIASES))
     return ExplicitRK(tableaus.get(name))
+
+
+def within(stepper: Stepper, rtol: float | Tensor, atol: float | Tensor) -> Stepper:
+    """The method with the tolerances of a solve, which one that iterates within its steps needs."""
+    return stepper.within(rtol, atol) if isinstance(stepper, ImplicitAdams) else stepper
+
+
+def options_of(stepper: Stepper) -> tuple[str, ...]:
+    """The options of a method that torchdiffeq knows."""
+    options = ("max_order", "max_iters")
+    return tuple(name for name in options if hasattr(stepper, name))

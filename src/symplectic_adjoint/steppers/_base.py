@@ -34,10 +34,17 @@ class Step(Protocol):
 
 
 class Saved(NamedTuple):
-    """What of a step is kept for its reversal: tensors, and the random states of its stages."""
+    """What of a step is kept for its reversal.
+
+    Attributes:
+        tensors: The state it starts from, and its stages where these were asked for.
+        tokens: Random states of its stages. A step taken again with them takes as many stages.
+        stages: Whether the stages are among the tensors; for steppers that cannot tell otherwise.
+    """
 
     tensors: Sequence[Tensor]
     tokens: Sequence[RandomState | None] = ()
+    stages: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,8 @@ class Work:
         points: Stages whose values are needed to find the points of a step again.
         dense_points: Further ones to find the points of the extra stages.
         points_node: Whether the node is among those.
+        varies: Whether steps take further stages between the ends, each of which says how many
+            (``step.further``); the points of a step depend on all of them.
     """
 
     inner: int
@@ -67,6 +76,7 @@ class Work:
     points: int = 0
     dense_points: int = 0
     points_node: bool = False
+    varies: bool = False
 
 
 @dataclass(slots=True)
@@ -123,22 +133,50 @@ class Reversal:
 
 
 @dataclass(slots=True)
+class SlopeCotangent:
+    """Cotangent of a slope that a state carries.
+
+    Attributes:
+        k: The cotangent, a tensor of its own; None when nothing depends on the slope.
+        on_value: Called with the slope once it is known.
+    """
+
+    k: Tensor | None = None
+    on_value: list[Callable[[Tensor], None]] = field(default_factory=list)
+
+    def add(self, k: Tensor | None, *on_value: Callable[[Tensor], None]) -> None:
+        """Add a cotangent, and who wants the value."""
+        if k is not None:
+            self.k = k if self.k is None else self.k + k
+        self.on_value += on_value
+
+    def add_scaled(self, k: Tensor, weight: float) -> None:
+        """Add ``weight k``."""
+        if self.k is None:
+            self.k = torch.mul(k, weight)
+        else:
+            self.k.add_(k, alpha=weight)
+
+
+@dataclass(slots=True)
 class Cotangent:
-    """Cotangent of a state, of ``y`` and of the value ``k`` that the state carries.
+    """Cotangent of a state, of ``y`` and of the slopes that the state carries.
 
     Attributes:
         y: Cotangent of the solution.
         k: Cotangent of the carried value; None when nothing depends on it.
         on_value: Called with the carried value once it is known.
+        past: Cotangents of the slopes before it, newest first, where the method has several steps.
     """
 
     y: Tensor
     k: Tensor | None = None
     on_value: list[Callable[[Tensor], None]] = field(default_factory=list)
+    past: list[SlopeCotangent] = field(default_factory=list)
 
 
 class Stepper(Protocol):
-    """A one-step method: ``step`` and, beside it, ``transpose``.
+    """A method: ``step`` and, beside it, ``transpose``.
 
     A stepper holds no state. ``transpose`` is the exact adjoint of the linearised ``step``:
     with ``delta`` any tangent and ``lam`` any cotangent, ``<lam, S delta> = <S^T lam, delta>``.
