@@ -30,12 +30,17 @@ def methods() -> str:
     for each in found:
         order = f"{each.order}({each.embedded_order})" if each.adaptive else f"{each.order}"
         extra = each.interpolant.extra_stages
+        stages: object = each.stages
+        if each.implicit:
+            coupled = any(x for i, row in enumerate(each.a) for x in row[i + 1 :])
+            solved = each.stages - 1
+            stages = f"{solved} stage{'s' * (solved > 1)} solved" + " together" * coupled
         rows.append(
             (
                 f"`{each.name}`",
                 order,
                 "adaptive" if each.adaptive else "fixed grid",
-                each.stages,
+                stages,
                 f"order {each.interpolant.order}" + (f", {extra} extra" if extra else ""),
             )
         )

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from symplectic_adjoint import TableauError, UnknownNameError
+from symplectic_adjoint._surd import Surd
 from symplectic_adjoint.dense import Interpolant, linear
 from symplectic_adjoint.tableaus import Tableau, get, names
 from symplectic_adjoint.tableaus._conditions import (
@@ -38,6 +39,15 @@ PROMISED = {
     "ssprk3": (3, None),
     "tsit5": (5, 4),
     "vern7": (7, 6),
+    "gl4": (4, None),
+    "gl6": (6, None),
+    "implicit_euler": (1, None),
+    "implicit_midpoint": (2, None),
+    "radauIIA3": (3, None),
+    "radauIIA5": (5, 3),
+    "sdirk2": (2, 1),
+    "trapezoid": (2, None),
+    "trbdf2": (2, 3),
 }
 
 # Published in digits, not in exact numbers.
@@ -73,8 +83,12 @@ def test_only_first_same_as_last_pairs_let_the_node_into_the_error(tableau: Tabl
 
 
 def test_interpolants_keep_the_order_of_the_method(tableau: Tableau) -> None:
-    """One order less is enough: a step errs by one power of h more than the solution."""
-    assert tableau.interpolant.order >= tableau.order - 1
+    """One order less is enough: a step errs by one power of h more than the solution.
+
+    Gauss's methods of many stages are an exception: their stages do not know as much.
+    """
+    least = 4 if tableau.name == "gl6" else tableau.order - 1
+    assert tableau.interpolant.order >= least
 
 
 def test_the_published_tableau_has_the_fsal_stage() -> None:
@@ -89,12 +103,13 @@ def test_the_published_tableau_has_the_fsal_stage() -> None:
 
 def test_the_published_tableau_is_square_and_agrees_with_the_floats(tableau: Tableau) -> None:
     a, b, c = tableau.butcher()
-    stages = tableau.stages + tableau.fsal
-    assert [len(row) for row in a] == [stages] * stages
-    for row, floats in zip(a, tableau.a, strict=False):
-        assert tuple(map(float, row[: len(floats)])) == floats
-    assert tuple(map(float, b[: tableau.stages])) == tableau.b
-    assert tuple(map(float, c[: tableau.stages])) == tableau.c
+    unused = tableau.stages + tableau.fsal - len(b)  # f(t, y), before an implicit method's own
+    assert unused == (tableau.implicit and tableau.name not in ("trapezoid", "trbdf2"))
+    assert [len(row) for row in a] == [len(b)] * len(b)
+    for row, floats in zip(a, tableau.a[unused:], strict=False):
+        assert tuple(map(float, row))[: len(floats)] == floats[unused:]
+    assert tuple(map(float, b[: tableau.stages])) == tableau.b[unused:]
+    assert tuple(map(float, c[: tableau.stages])) == tableau.c[unused:]
 
 
 def test_a_tableau_is_frozen_and_hashable(tableau: Tableau) -> None:
@@ -126,11 +141,11 @@ def test_densities_of_the_tall_and_of_the_bushy_tree() -> None:
 
 
 @pytest.mark.parametrize("name", sorted({*names()} - ROUNDED))
-def test_rational_tableaus_fulfil_their_conditions_exactly(name: str) -> None:
+def test_exact_tableaus_fulfil_their_conditions_exactly(name: str) -> None:
     tableau = get(name)
     a, b, c = tableau.butcher()
     assert all(sum(row) == x for row, x in zip(a, c, strict=True))
-    for condition in conditions(lower(a), tableau.order):
+    for condition in conditions(a if tableau.implicit else lower(a), tableau.order):
         assert condition.left(b) == Fraction(1, condition.density)
 
 
@@ -144,10 +159,15 @@ def test_no_order_is_declared_too_low(tableau: Tableau) -> None:
 
     assert any(abs(x.left(tableau.b) - 1 / x.density) > 1e-7 for x in next_order(tableau.order))
     if tableau.error is not None and tableau.embedded_order is not None:
-        assert any(abs(x.left(tableau.error)) > 1e-7 for x in next_order(tableau.embedded_order))
-    half = interpolant.weights(0.5)
+        embedded = [b - e for b, e in zip((*tableau.b, 0.0), tableau.error, strict=True)]
+        assert any(
+            abs(x.left(embedded) - 1 / x.density) > 1e-7 for x in next_order(tableau.embedded_order)
+        )
+    # Not in the middle, where some are better.
+    inside = interpolant.weights(0.25)
     assert any(
-        abs(x.left(half) - 0.5**x.order / x.density) > 1e-9 for x in next_order(interpolant.order)
+        abs(x.left(inside) - 0.25**x.order / x.density) > 1e-9
+        for x in next_order(interpolant.order)
     )
 
 
@@ -176,7 +196,9 @@ EULER: dict[str, Any] = {"name": "mine", "order": 1, "a": ((),), "b": (1,)}
     [
         ({"order": 0, "interpolant": linear((1,))}, "order must be at least 1"),
         ({"b": ()}, "at least one stage"),
-        ({"a": ((), ())}, r"a needs rows of 0 ... 0 weights, got \[0, 0\]"),
+        ({"a": ((), ())}, r"a needs rows of 0 ... 0 weights, .*, got \[0, 0\]"),
+        ({"a": ((1, 0), (0, 1)), "b": (0, 1)}, "row 0 of a must be zero"),
+        ({"damping": -1.0}, "damping = -1.0 must be"),
         ({"c": (0, 1)}, "c must have 1 entries, got 2"),
         ({"c": (0.5,)}, r"c\[0\] is not the sum of row 0 of a: got 0.0 instead of 0.5"),
         ({"error": (1, -1)}, "belong together"),
@@ -208,7 +230,8 @@ def test_the_global_error_shrinks_with_the_order(tableau: Tableau) -> None:
     floor = 1e-15 if tableau.name in ROUNDED else 0.0
     with localcontext() as context:
         context.prec = 30
-        errors = [integration_error(tableau, 2**k) for k in range(5, 11)]
+        finest = 8 if tableau.implicit else 11
+        errors = [integration_error(tableau, 2**k) for k in range(5, finest)]
     coarse, fine = [error for error in errors if error > floor][-2:]
     assert math.log2(coarse / fine) == pytest.approx(tableau.order, abs=0.2)
 
@@ -230,7 +253,7 @@ def test_the_error_estimate_shrinks_with_the_embedded_order(name: str) -> None:
     h = 0.05 if tableau.embedded_order < 6 else 0.25
     coarse, fine = (largest_estimate(tableau, tableau.error, step) for step in (h, h / 2))
     observed = math.log2(coarse / fine) - 1
-    assert observed == pytest.approx(tableau.embedded_order, abs=0.3)
+    assert observed == pytest.approx(min(tableau.order, tableau.embedded_order), abs=0.3)
 
 
 def test_the_interpolant_of_dopri8_is_the_least_norm_solution_it_claims_to_be() -> None:
@@ -321,9 +344,20 @@ def evaluate(tableau: Tableau, f: Callable[[Any, Any], Any], t: Any, y: Any, h: 
     """All the stages of a step: the method's, the node and the interpolant's."""
     rows = (*tableau.a, tableau.b, *tableau.interpolant.a)
     abscissae = (*tableau.c, 1.0, *tableau.interpolant.c)
-    stages: list[Any] = []
-    for row, c in zip(rows, abscissae, strict=True):
+    stages = coupled(tableau.a, tableau.c, f, t, y, h) if tableau.implicit else []
+    for row, c in list(zip(rows, abscissae, strict=True))[len(stages) :]:
         stages.append(f(t + c * h, y + h * dot(row, stages) if stages else y))
+    return stages
+
+
+def coupled(a: Any, c: Any, f: Callable[[Any, Any], Any], t: Any, y: Any, h: Any) -> list[Any]:
+    """The stages of an implicit method by fixed-point iteration, as long as they move."""
+    before, stages = [], [f(t, y)] * len(c)
+    for _ in range(200):
+        if stages == before:
+            break
+        before = stages
+        stages = [f(t + x * h, y + h * dot(row, stages)) for row, x in zip(a, c, strict=True)]
     return stages
 
 
@@ -367,12 +401,14 @@ def integration_error(tableau: Tableau, steps: int) -> Decimal:
     h = Decimal(4) / steps
     y = Decimal(1)
     worst = Decimal(0)
+
+    def slope(time: Decimal, value: Decimal) -> Decimal:
+        return -2 * time * value * value
+
     for step in range(steps):
-        stages: list[Decimal] = []
-        for row, abscissa in zip(a, c, strict=True):
-            time = h * (step + abscissa)
-            value = y + h * dot(row, stages) if stages else y
-            stages.append(-2 * time * value * value)
+        stages = coupled(a, c, slope, h * step, y, h) if tableau.implicit else []
+        for row, abscissa in list(zip(a, c, strict=True))[len(stages) :]:
+            stages.append(slope(h * (step + abscissa), y + h * dot(row, stages) if stages else y))
         y += h * dot(b, stages)
         end = h * (step + 1)
         worst = max(worst, abs(y - 1 / (1 + end * end)))
@@ -382,5 +418,7 @@ def integration_error(tableau: Tableau, steps: int) -> Decimal:
 def decimals(numbers: Any) -> Any:
     if isinstance(numbers, tuple):
         return tuple(decimals(x) for x in numbers)
+    if isinstance(numbers, Surd):
+        return decimals(numbers.p) + decimals(numbers.q) * Decimal(numbers.n).sqrt()
     exact = Fraction(numbers)
     return Decimal(exact.numerator) / exact.denominator

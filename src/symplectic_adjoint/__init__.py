@@ -19,6 +19,7 @@ from symplectic_adjoint._errors import (
     EventOutputError,
     FieldOutputError,
     NonFiniteError,
+    NonlinearSolveError,
     SecondDerivativeError,
     SolveError,
     Status,
@@ -46,8 +47,15 @@ from symplectic_adjoint.gradients import (
 from symplectic_adjoint.interpolation import Interpolation, fill_missing
 from symplectic_adjoint.loop import Stats
 from symplectic_adjoint.models import Autonomous, NeuralODE
+from symplectic_adjoint.rootfind import Newton
 from symplectic_adjoint.solution import Solution
-from symplectic_adjoint.steppers import ALF, ExplicitAdams, ExplicitRK, ImplicitAdams
+from symplectic_adjoint.steppers import (
+    ALF,
+    ExplicitAdams,
+    ExplicitRK,
+    ImplicitAdams,
+    ImplicitRK,
+)
 
 __all__ = [
     "ACA",
@@ -73,9 +81,12 @@ __all__ = [
     "Forward",
     "GradientCheck",
     "ImplicitAdams",
+    "ImplicitRK",
     "Interpolation",
     "NeuralODE",
+    "Newton",
     "NonFiniteError",
+    "NonlinearSolveError",
     "SecondDerivativeError",
     "SensitivityControl",
     "Solution",

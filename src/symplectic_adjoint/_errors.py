@@ -17,6 +17,7 @@ class Status(enum.Enum):
     STEP_LIMIT = "step limit"
     EVENT = "event"
     NO_EVENT = "no event"
+    NO_CONVERGENCE = "no convergence"
 
 
 class SymplecticAdjointError(Exception):
@@ -108,3 +109,9 @@ class EventNotFoundError(SolveError):
     """An event without which a solve has no end did not occur within the limit of steps."""
 
     status = Status.NO_EVENT
+
+
+class NonlinearSolveError(SolveError):
+    """The equations of an implicit step, or of its transpose, were not solved."""
+
+    status = Status.NO_CONVERGENCE

@@ -86,7 +86,7 @@ def solve(
         FieldOutputError: ``func`` returned no derivative of the state.
         CaptureError: ``func`` depends on a tensor whose gradient would be lost.
         SolveError: ``t[-1]`` could not be reached (``NonFiniteError``, ``StepUnderflowError``,
-            ``StepLimitError``); its ``solution`` holds the valid prefix.
+            ``StepLimitError``, ``NonlinearSolveError``); its ``solution`` holds the valid prefix.
         EventNotFoundError: ``t[-1]`` is infinite and no event occurred within the controller's
             ``max_steps``, or 20 000 steps where it sets no limit.
         EventOutputError: An event function returned no real tensor.

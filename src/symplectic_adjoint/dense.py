@@ -19,10 +19,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from symplectic_adjoint._surd import Surd
+
 __all__ = ["Interpolant", "Number", "hermite", "linear"]
 
-Number = int | float | Fraction
-"""An exact rational or a float; coefficients are written as either."""
+Number = int | float | Fraction | Surd
+"""An exact number or a float; coefficients are written as either."""
 
 _ROW_SUM_TOLERANCE = 1e-12
 

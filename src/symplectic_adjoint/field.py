@@ -96,7 +96,11 @@ class Field:
 
     Attributes:
         evaluations: How often ``f`` was called.
-        products: How many vector-Jacobian products were taken.
+        products: How many products with a Jacobian or its transpose were taken.
+        solver_evaluations: Those evaluations that only served to solve equations.
+        solver_products: Those products that did.
+        backward: Statistics of the pass that reverses this field's graph, while it runs.
+        corrections: To which order the steps of an implicit method can be differentiated.
         random: Whether ``f`` draws random numbers that a recomputation has to draw again.
         leafy: Whether ``f`` needs an argument that requires grad.
         locate: Names an element of the raveled flat state, for messages.
@@ -110,9 +114,22 @@ class Field:
         self.time_dtype = like.dtype.to_real() if like.is_complex() else like.dtype
         self.evaluations = 0
         self.products = 0
+        self.solver_evaluations = 0
+        self.solver_products = 0
+        self.corrections = 1
+        self.backward: Any = None
         self.random = False
         self.leafy = False
         self.locate: Callable[[int], str] = lambda index: f"component {index}"
+
+    def count_solver(self, evaluations: int, products: int) -> None:
+        """Count what solving equations took; its evaluations are counted by ``call``, too."""
+        self.solver_evaluations += evaluations
+        self.solver_products += products
+        self.products += products
+        if self.backward is not None:
+            self.backward.products += products
+            self.backward.backward_solver_products += products
 
     def time(self, t: Time) -> Tensor:
         """A time as the 0-dim tensor that ``f`` receives."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from symplectic_adjoint._errors import SolveError
+from symplectic_adjoint._errors import NonlinearSolveError, SolveError
 from symplectic_adjoint._types import Time, as_float
 from symplectic_adjoint.controllers import Pace
 from symplectic_adjoint.field import Field
@@ -26,6 +27,7 @@ class SolveShape:
         rejected: Rejected attempts.
         dense: Accepted steps that hold dense outputs.
         dense_end: Whether the last step does.
+        dense_runs: In how many runs of consecutive steps they come.
         adaptive: Whether errors are estimated.
         selected: Whether the first step size is selected by an evaluation.
         solves: Number of solves in a row, each of which starts anew; the counts are their sums.
@@ -40,6 +42,7 @@ class SolveShape:
     rejected: int = 0
     dense: int = 0
     dense_end: bool = False
+    dense_runs: int = 0
     adaptive: bool = False
     selected: bool = False
     solves: int = 1
@@ -52,13 +55,22 @@ class SolveShape:
     def of(outputs: Sequence[Outputs], further: int = 0) -> SolveShape:
         """The shape of accepted steps alone, from the outputs that each holds."""
         dense = [held.dense for held in outputs]
-        return SolveShape(len(dense), dense=sum(dense), dense_end=any(dense[-1:]), further=further)
+        runs = sum(now and not before for before, now in itertools.pairwise([False, *dense]))
+        return SolveShape(
+            len(dense),
+            dense=sum(dense),
+            dense_end=any(dense[-1:]),
+            dense_runs=runs,
+            further=further,
+        )
 
     def stages(self, work: Work) -> int:
         """Evaluations on which the solution depends: each takes one product in reverse."""
         nodes = self.accepted - self.solves + self._last_node(work)
-        every = self.accepted * work.inner + nodes * work.node + self.dense * work.extra
-        return self.solves + every + self.further
+        count = self.solves * work.start + self.accepted * work.inner + nodes * work.node
+        if work.dense_node and not work.node:
+            count += self.dense_runs
+        return count + self.dense * work.extra + self.further
 
     def evaluations(self, work: Work) -> int:
         """Evaluations of the forward pass, for a method whose steps take ``work``."""
@@ -89,6 +101,13 @@ class Stats:
         further: Of the evaluations, those of iterations and starting steps in accepted steps.
         backward_further: The same, of the last backward pass, where it solves an equation of its
             own.
+        solver_evaluations: Those of ``evaluations`` that only served to solve the equations of
+            implicit steps: all but one a stage.
+        solver_products: Products with Jacobians that solving them took in the forward pass.
+        backward_solver_evaluations: Those of ``backward_evaluations`` that only served to solve
+            equations again.
+        backward_solver_products: Those of ``products`` that served to solve equations, the
+            transposed ones among them.
     """
 
     accepted: int = 0
@@ -100,6 +119,10 @@ class Stats:
     backward_rejected: int = 0
     further: int = 0
     backward_further: int = 0
+    solver_evaluations: int = 0
+    solver_products: int = 0
+    backward_solver_evaluations: int = 0
+    backward_solver_products: int = 0
 
 
 def integrate(
@@ -128,7 +151,12 @@ def integrate(
     t = as_float(state.t)
     while t != end:
         t1 = pace.propose(t)
-        step = stepper.step(field, state, knots.get(t1, t1))
+        try:
+            step = stepper.step(field, state, knots.get(t1, t1))
+        except NonlinearSolveError as error:
+            pace.fail(error, t, t1)
+            stats.rejected += 1
+            continue
         if pace.accepts(field, stepper, step, t, t1):
             stats.accepted += 1
             if stepper.work.varies:

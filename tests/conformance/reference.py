@@ -19,7 +19,13 @@ from torch.utils import _pytree as pytree
 
 from symplectic_adjoint import tableaus
 from symplectic_adjoint.dense import Interpolant, hermite, linear
-from symplectic_adjoint.steppers import ExplicitAdams, ExplicitRK, ImplicitAdams, Stepper
+from symplectic_adjoint.steppers import (
+    ExplicitAdams,
+    ExplicitRK,
+    ImplicitAdams,
+    ImplicitRK,
+    Stepper,
+)
 from symplectic_adjoint.tableaus import Tableau
 
 Leaves = list[Tensor]
@@ -61,6 +67,8 @@ def frozen(
     step: Any
     if isinstance(stepper, ExplicitRK):
         step = _RungeKutta(stepper.tableau, interpolant)
+    elif isinstance(stepper, ImplicitRK):
+        step = _ImplicitRungeKutta(stepper.tableau, interpolant)
     elif isinstance(stepper, ExplicitAdams | ImplicitAdams):
         step = _Adams(stepper, tolerance)
     else:
@@ -161,11 +169,15 @@ class _RungeKutta:
     def start(self, field: Field, t: Tensor, y: Leaves) -> tuple[Leaves]:
         return (y,)
 
-    def take(self, field: Field, state: tuple[Leaves], t: Tensor, h: Tensor) -> Any:
-        (y,) = state
+    def stages(self, field: Field, y: Leaves, t: Tensor, h: Tensor) -> list[Leaves]:
         k: list[Leaves] = []
         for row, c in zip(self.tableau.a, self.tableau.c, strict=True):
             k.append(field(t + c * h, _plus(y, h, row, k)))
+        return k
+
+    def take(self, field: Field, state: tuple[Leaves], t: Tensor, h: Tensor) -> Any:
+        (y,) = state
+        k = self.stages(field, y, t, h)
         y1 = _plus(y, h, self.tableau.b, k)
 
         def inside(theta: Tensor) -> Leaves:
@@ -175,6 +187,37 @@ class _RungeKutta:
             return _plus(y, h, _polynomials(self.interpolant.coefficients, theta), stages)
 
         return (y1,), inside
+
+
+class _ImplicitRungeKutta(_RungeKutta):
+    """All stages at once, diagonally implicit or not, by Newton's method with the full matrix."""
+
+    def stages(self, field: Field, y: Leaves, t: Tensor, h: Tensor) -> list[Leaves]:
+        first = field(t, y)
+        shapes = [x.shape for _ in self.tableau.c[1:] for x in y]
+
+        def split(flat: Tensor) -> list[Leaves]:
+            sizes = [shape.numel() for shape in shapes]
+            parts = zip(flat.split(sizes), shapes, strict=True)
+            leaves = [x.reshape(shape) for x, shape in parts]
+            return [first, *(leaves[i : i + len(y)] for i in range(0, len(leaves), len(y)))]
+
+        def residual(flat: Tensor) -> Tensor:
+            k = split(flat)
+            values = [
+                field(t + c * h, _plus(y, h, row, k))
+                for row, c in zip(self.tableau.a[1:], self.tableau.c[1:], strict=True)
+            ]
+            return flat - torch.cat([x.reshape(-1) for leaves in values for x in leaves])
+
+        root = torch.zeros(sum(shape.numel() for shape in shapes), dtype=y[0].dtype)
+        size = 1.0
+        while size > 1e-14:
+            matrix = torch.autograd.functional.jacobian(residual, root, vectorize=True)
+            correction = torch.linalg.solve(matrix, residual(root).detach())
+            root, size = root - correction, float(correction.norm() / (1 + root.norm()))
+        # Once more, with its graph: at the root, Newton's step has the derivative of the root.
+        return split(root - torch.linalg.solve(matrix, residual(root)))
 
 
 class _Leapfrog:

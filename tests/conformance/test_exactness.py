@@ -26,7 +26,8 @@ from tests import problems
 from tests.conformance import reference
 from tests.conformance.drawn import Drawn, drawn_cases
 from tests.conformance.registry import (
-    METHODS,
+    IMPLICIT,
+    QUICK,
     label,
     pacing,
     pairs,
@@ -126,7 +127,7 @@ def solve(
 @pytest.mark.parametrize("decreasing", [False, True], ids=["increasing", "decreasing"])
 @pytest.mark.parametrize("outputs", OUTPUTS)
 @pytest.mark.parametrize("tree", [False, True], ids=["tensor", "pytree"])
-@pytest.mark.parametrize(("method", "strategy"), pairs(REVERSED))
+@pytest.mark.parametrize(("method", "strategy"), pairs(REVERSED, QUICK))
 def test_gradient_equals_that_of_autograd_on_the_frozen_grid(
     method: str, strategy: Strategy, tree: bool, outputs: str, decreasing: bool, wants_time: bool
 ) -> None:
@@ -140,7 +141,20 @@ def test_gradient_equals_that_of_autograd_on_the_frozen_grid(
     assert_equal(case, sol, wanted)
 
 
-@pytest.mark.parametrize(("method", "strategy"), pairs(SUMMED))
+@pytest.mark.parametrize(
+    ("tree", "outputs", "decreasing", "wants_time"),
+    [(False, "dense", False, True), (True, "dense", True, False)],
+)
+@pytest.mark.parametrize(("method", "strategy"), pairs(REVERSED, IMPLICIT))
+def test_gradient_of_implicit_steps_equals_that_of_autograd_on_the_frozen_grid(
+    method: str, strategy: Strategy, tree: bool, outputs: str, decreasing: bool, wants_time: bool
+) -> None:
+    test_gradient_equals_that_of_autograd_on_the_frozen_grid(
+        method, strategy, tree, outputs, decreasing, wants_time
+    )
+
+
+@pytest.mark.parametrize(("method", "strategy"), pairs(SUMMED, QUICK))
 def test_gradient_is_exact_however_it_is_summed(method: str, strategy: Strategy) -> None:
     test_gradient_equals_that_of_autograd_on_the_frozen_grid(
         method, strategy, tree=True, outputs="dense", decreasing=True, wants_time=True
@@ -155,7 +169,9 @@ def test_gradient_is_exact_where_no_step_is_reversed(method: str, strategy: Stra
 
 
 @pytest.mark.parametrize("decreasing", [False, True], ids=["increasing", "decreasing"])
-@pytest.mark.parametrize(("method", "strategy"), pairs(REVERSED))
+@pytest.mark.parametrize(
+    ("method", "strategy"), pairs(REVERSED, QUICK) + pairs([sa.Symplectic(), sa.ACA()], IMPLICIT)
+)
 def test_every_time_of_a_grid_that_is_t_has_its_gradient(
     method: str, strategy: Strategy, decreasing: bool
 ) -> None:
@@ -280,7 +296,7 @@ def test_dense_output_after_the_solve_has_the_same_gradient(strategy: Strategy) 
 
 
 @pytest.mark.parametrize("strategy", EVERYWHERE, ids=label)
-@given(drawn=drawn_cases(METHODS))
+@given(drawn=drawn_cases(QUICK))
 def test_gradient_equals_that_of_autograd_on_drawn_problems(
     strategy: Strategy, drawn: Drawn
 ) -> None:

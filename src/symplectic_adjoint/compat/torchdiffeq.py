@@ -17,7 +17,7 @@ from symplectic_adjoint.api import resolved_stepper, solve
 from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid
 from symplectic_adjoint.dense import linear
 from symplectic_adjoint.gradients import Strategy
-from symplectic_adjoint.steppers import ExplicitRK, Stepper, options_of
+from symplectic_adjoint.steppers import ExplicitRK, ImplicitRK, Stepper, options_of
 
 
 @uncompiled
@@ -45,7 +45,8 @@ def odeint(
         options: For methods with an error estimate ``first_step``, ``safety``, ``ifactor``,
             ``dfactor``, ``max_num_steps``, ``min_step``, ``max_step``, ``norm``; for the others
             ``step_size``, ``grid_constructor`` and ``interp`` ("linear" or "cubic"); for Adams
-            methods also ``max_order`` and, for the implicit one, ``max_iters``.
+            methods also ``max_order`` and, for the implicit one, ``max_iters``. Implicit
+            Runge-Kutta methods step on a grid, too, and take the fields of ``Newton`` besides.
         gradient: A strategy or its name.
         params: When given, gradients go to ``y0``, ``t`` and these tensors only.
 
@@ -192,7 +193,8 @@ _FIXED_OPTIONS = ("step_size", "grid_constructor", "interp")
 
 
 def _from_options(stepper: Stepper, options: Mapping[str, Any]) -> tuple[Stepper, Controller]:
-    adaptive = stepper.error_order is not None
+    # As in torchdiffeq, implicit methods step on a grid even where they estimate their error.
+    adaptive = stepper.error_order is not None and not isinstance(stepper, ImplicitRK)
     own = options_of(stepper)
     valid = (*(_ADAPTIVE_OPTIONS if adaptive else _FIXED_OPTIONS), *own)
     for name in options:
@@ -206,7 +208,9 @@ def _from_options(stepper: Stepper, options: Mapping[str, Any]) -> tuple[Stepper
         raise UnknownNameError("interp", interp, ("linear", "cubic"))
     if interp == "linear" and isinstance(stepper, ExplicitRK):
         stepper = ExplicitRK(stepper.tableau, linear(stepper.tableau.b))
-    if own:
+    if isinstance(stepper, ImplicitRK):
+        stepper = stepper.configured(options, linear=interp == "linear")
+    elif own:
         given = {k: v for k, v in options.items() if k in own}
         stepper = dataclasses.replace(stepper, **given, interp=interp)  # type: ignore[type-var]
     return stepper, FixedGrid(**grid)

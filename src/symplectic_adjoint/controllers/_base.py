@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from symplectic_adjoint._errors import NonFiniteError
+from symplectic_adjoint._errors import NonFiniteError, NonlinearSolveError
 from symplectic_adjoint._types import as_float
 from symplectic_adjoint.field import Field, Stage
 from symplectic_adjoint.steppers import Stepper
@@ -53,6 +53,14 @@ class Pace(Protocol):
 
         Raises:
             NonFiniteError: It holds a non-finite value that no smaller step would avoid.
+        """
+        ...
+
+    def fail(self, error: NonlinearSolveError, t: float, t1: float) -> None:
+        """The equations of an attempted step could not be solved.
+
+        Raises:
+            NonlinearSolveError: No smaller step may be tried.
         """
         ...
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from symplectic_adjoint._errors import (
     ArgumentError,
     NonFiniteError,
+    NonlinearSolveError,
     StepLimitError,
     StepUnderflowError,
 )
@@ -131,7 +132,7 @@ class AdaptivePace:
     history: collections.deque[tuple[float, float, float]] = field(
         default_factory=lambda: collections.deque(maxlen=5)
     )
-    failed: NonFiniteError | None = None
+    failed: NonFiniteError | NonlinearSolveError | None = None
     _tolerances: tuple[Tensor, Tensor] | None = None
 
     def propose(self, t: float) -> float:
@@ -172,6 +173,14 @@ class AdaptivePace:
         if accepted:
             self.errors = (max(error, 1e-10), self.errors[0])
         return accepted
+
+    def fail(self, error: NonlinearSolveError, t: float, t1: float) -> None:
+        h = min(self.h, abs(t1 - t))
+        self.history.append((t, h, math.inf))
+        self.failed = error
+        if h <= self.controller.min_step:
+            raise error
+        self.h = max(h * self.controller.factor_min, self.controller.min_step)
 
     def norm(self, error: Tensor, y: Tensor, y1: Tensor) -> Tensor:
         """The norm of an error scaled by the tolerances."""

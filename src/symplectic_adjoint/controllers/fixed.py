@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symplectic_adjoint._errors import ArgumentError
+from symplectic_adjoint._errors import ArgumentError, NonlinearSolveError
 from symplectic_adjoint._types import Func
 from symplectic_adjoint.controllers._base import Setting, finite, non_finite
 from symplectic_adjoint.field import Field
@@ -85,6 +85,9 @@ class GridPace:
         ):
             raise non_finite(field, stages, t, t1 - t, step.y1)
         return True
+
+    def fail(self, error: NonlinearSolveError, t: float, t1: float) -> None:
+        raise error
 
 
 def _check_grid(grid: Tensor, t: Tensor) -> None:

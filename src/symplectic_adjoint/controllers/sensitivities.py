@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symplectic_adjoint._errors import ArgumentError, UnknownNameError
+from symplectic_adjoint._errors import ArgumentError, NonlinearSolveError, UnknownNameError
 from symplectic_adjoint._types import Norm, Time, as_float
 from symplectic_adjoint.controllers._base import Pace, Setting
 from symplectic_adjoint.controllers.adaptive import Adaptive
 from symplectic_adjoint.field import Field, RandomState, Stage
-from symplectic_adjoint.steppers import Stepper
+from symplectic_adjoint.steppers import ImplicitRK, Stepper
 
 Direction = tuple[Tensor | None, list[Tensor | None]]
 """A direction: its parts in the initial state and in each tensor that ``f`` depends on."""
@@ -92,11 +92,16 @@ class SensitivityControl(Adaptive):
         """Start pacing a solve, together with the derivatives along the directions.
 
         Raises:
-            ArgumentError: The method estimates no error, or a tolerance is unusable.
+            ArgumentError: The method estimates no error or is implicit, or a tolerance is unusable.
             UnknownNameError: ``inputs`` names nothing that requires grad.
         """
         plain = Adaptive(**{f.name: getattr(self, f.name) for f in fields(Adaptive)})
         directions = self._directions(setting.inputs, state.y)
+        if isinstance(stepper, ImplicitRK):
+            raise ArgumentError(
+                f"the derivatives are carried along by explicit steps, not by {stepper.name!r}; "
+                "use Adaptive(), with tighter tolerances where the gradient needs them"
+            )
         if not directions or stepper.error_order is None:
             return plain.begin(field, stepper, state, setting)
         y = state.y.detach()
@@ -191,6 +196,9 @@ class SensitivityPace:
         if accepted:
             self.state, self.node = stepper.end(attempt), stepper.end(step).node
         return accepted
+
+    def fail(self, error: NonlinearSolveError, t: float, t1: float) -> None:
+        self.pace.fail(error, t, t1)
 
 
 class TangentField(Field):

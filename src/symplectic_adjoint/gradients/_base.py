@@ -269,7 +269,9 @@ def segments(sweep: Sweep, length: int) -> Tensor:
     if cotangent and cotangent[0] is not None:
         lam = lam + cotangent[0]
     sweep.field.evaluations += field.evaluations
-    sweep.field.products += field.evaluations
+    sweep.field.products += field.products + field.evaluations - field.solver_evaluations
+    sweep.field.solver_evaluations += field.solver_evaluations
+    sweep.field.solver_products += field.solver_products
     return lam
 
 

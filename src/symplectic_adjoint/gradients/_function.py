@@ -255,15 +255,16 @@ def _reversed(
     return [lam, node_grads, time_grads, *grads]
 
 
-def replayed(tape: Tape, inputs: Sequence[Tensor]) -> tuple[Tensor, int]:
+def replayed(tape: Tape, inputs: Sequence[Tensor]) -> tuple[Tensor, Field]:
     """The outputs once more, by operations on ``inputs`` (y0, nodes, times, *captured).
 
     Returns:
-        The outputs, and how many evaluations they took.
+        The outputs, and the field, which counts what they take.
     """
     y0, nodes, times, *captured = inputs
     with tape.capture.substituted(captured), tape.autocast.restored():
         field = GraphField(tape.func, y0)
+        field.corrections = 2
         field.leafy = tape.leafy
         tokens = [record.saved.tokens for record in tape.records]
         knots: list[Time] = list(tape.nodes)
@@ -271,7 +272,7 @@ def replayed(tape: Tape, inputs: Sequence[Tensor]) -> tuple[Tensor, int]:
             knots = [nodes[n] if tape.wanted(n) else t for n, t in enumerate(knots)]
         state = tape.stepper.resume(knots[0], (y0,), tokens[0][0] if any(tokens) else None)
         _, parts = replay(field, tape.stepper, state, knots, tape.outputs, tokens, times)
-    return torch.cat([y0.unsqueeze(0), *(part for _, part in parts)]), field.evaluations
+    return torch.cat([y0.unsqueeze(0), *(part for _, part in parts)]), field
 
 
 def _differentiable(recording: _Recording, needs: Sequence[bool], g: Tensor) -> list[Tensor | None]:
@@ -280,13 +281,14 @@ def _differentiable(recording: _Recording, needs: Sequence[bool], g: Tensor) -> 
     # Views, so that an input that appears twice is told apart.
     views = [x.view_as(x) for x in recording.inputs]
     wanted = [i for i, need in enumerate(needs) if need]
-    y, evaluations = replayed(recording.tape, views)
-    stats = recording.tape.stats
-    stats.backward_evaluations = stats.products = evaluations
-    stats.backward_accepted = stats.backward_rejected = 0
+    y, field = replayed(recording.tape, views)
     grads = torch.autograd.grad(
         y, [views[i] for i in wanted], g, create_graph=True, allow_unused=True
     )
+    field.products += field.evaluations - field.solver_evaluations
+    _write_stats(recording.tape.stats, field, Stats())
+    field.products += field.evaluations - field.solver_evaluations
+    _write_stats(tape.stats, field, Stats())
     result: list[Tensor | None] = [None] * len(views)
     for i, grad in zip(wanted, grads, strict=True):
         result[i] = grad
@@ -297,6 +299,8 @@ def _write_stats(stats: Stats, field: Field, own: Stats) -> None:
     stats.backward_evaluations, stats.products = field.evaluations, field.products
     stats.backward_accepted, stats.backward_rejected = own.accepted, own.rejected
     stats.backward_further = own.further
+    stats.backward_solver_evaluations = field.solver_evaluations
+    stats.backward_solver_products = field.solver_products
 
 
 def _time_cotangents(tape: Tape, wanted: bool, y0: Tensor) -> TimeCotangents | None:

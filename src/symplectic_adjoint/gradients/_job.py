@@ -185,7 +185,7 @@ def _backprop(job: Job) -> tuple[Solution, SolveError | None]:
     )
     if result.y.requires_grad:
         counts = job.strategy.counts(job.stepper, SolveShape.of(result.outputs, stats.further))
-        result.y.register_hook(functools.partial(_write_counts, stats, counts))
+        result.y.register_hook(functools.partial(_write_counts, stats, counts, field))
 
     def again(tau: Tensor, y: Tensor) -> Tensor:
         with job.capture.substituted(job.capture.tensors):
@@ -196,9 +196,11 @@ def _backprop(job: Job) -> tuple[Solution, SolveError | None]:
     return _solution(job, field, result, stats, result.y, dense, again), result.error
 
 
-def _write_counts(stats: Stats, counts: Counts, g: Tensor) -> None:
-    """Plain autograd counts nothing, but reverses each stage once."""
+def _write_counts(stats: Stats, counts: Counts, field: Field, g: Tensor) -> None:
+    """Plain autograd counts nothing, but reverses each stage once; solvers count for themselves."""
     stats.backward_evaluations, stats.products = counts
+    stats.backward_solver_products = 0
+    field.backward = stats
 
 
 @dataclass
@@ -321,6 +323,8 @@ def _run(
         job.spent += field.evaluations
         raise
     stats.evaluations = job.spent + field.evaluations
+    stats.solver_evaluations = field.solver_evaluations
+    stats.solver_products = field.solver_products
     unchecked = job.grid is not None and watch is None and not checked
     if unchecked and not bool(torch.isfinite(result.y).all()):
         before.set()

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from symplectic_adjoint._errors import ArgumentError
 from symplectic_adjoint._types import Norm
 from symplectic_adjoint.controllers import Adaptive, GridPace
 from symplectic_adjoint.field import DetachedField, RandomState, Stage
 from symplectic_adjoint.gradients._base import Counts, Record, Strategy, Sweep
 from symplectic_adjoint.loop import SolveShape, integrate
-from symplectic_adjoint.steppers import Stepper, get
+from symplectic_adjoint.steppers import ImplicitRK, Stepper, get
 from symplectic_adjoint.steppers._base import Saved, dot
 
 
@@ -41,6 +42,16 @@ class Continuous(Strategy):
     name = "continuous"
     exact = False
     keeps_outputs = True
+
+    def check(self, stepper: Stepper) -> None:
+        super().check(stepper)
+        own = self.stepper(stepper)
+        if isinstance(own, ImplicitRK):
+            raise ArgumentError(
+                f"the adjoint equation is solved by explicit methods, not by {own.name!r}; give "
+                "one, e.g. Continuous(method_name='dopri5'), or choose gradient='symplectic', "
+                "which is exact"
+            )
 
     def keep(self, stepper: Stepper, n: int, step: Any) -> Record:
         return Record(Saved((), stepper.save(step, stages=False).tokens[:1]))

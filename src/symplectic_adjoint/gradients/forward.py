@@ -117,8 +117,8 @@ class Forward(Strategy):
             inputs = [*xs]
             for i, value in zip(moved, values, strict=True):
                 inputs[i] = value
-            y, evaluations = sweep.replay(inputs)
-            sweep.field.evaluations += evaluations
+            y, field = sweep.replay(inputs)
+            sweep.field.evaluations += field.evaluations
             return y
 
         def push(*ts: Tensor) -> Tensor:

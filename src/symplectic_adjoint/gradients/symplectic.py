@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from symplectic_adjoint._errors import UnknownNameError
+from symplectic_adjoint._errors import ArgumentError, UnknownNameError
 from symplectic_adjoint.accumulate import Compensated, Float64, InPlace
 from symplectic_adjoint.capture import Capture
 from symplectic_adjoint.field import DetachedField, LeafField
 from symplectic_adjoint.gradients._base import Counts, Record, Strategy, Sweep, stagewise
 from symplectic_adjoint.loop import SolveShape
-from symplectic_adjoint.steppers import Stepper
+from symplectic_adjoint.steppers import ImplicitRK, Stepper
 
 _STORES = ("steps", "stages", "graph")
 _SUMS: dict[str, type[InPlace]] = {
@@ -53,6 +53,14 @@ class Symplectic(Strategy):
             raise UnknownNameError("store", self.store, _STORES)
         if self.accumulate not in _SUMS:
             raise UnknownNameError("accumulate", self.accumulate, _SUMS)
+
+    def check(self, stepper: Stepper) -> None:
+        super().check(stepper)
+        if self.store == "graph" and isinstance(stepper, ImplicitRK):
+            raise ArgumentError(
+                f"store='graph' keeps the one evaluation of each stage, but {stepper.name!r} finds "
+                "its stages by many; use Symplectic(store='stages')"
+            )
 
     def forward_field(
         self,

@@ -11,9 +11,19 @@ from symplectic_adjoint._errors import UnknownNameError
 from symplectic_adjoint.steppers._base import Stepper
 from symplectic_adjoint.steppers.alf import ALF
 from symplectic_adjoint.steppers.explicit_rk import ExplicitRK
+from symplectic_adjoint.steppers.implicit_rk import NEWTON_OPTIONS, ImplicitRK
 from symplectic_adjoint.steppers.multistep import ExplicitAdams, ImplicitAdams
 
-__all__ = ["ALF", "ExplicitAdams", "ExplicitRK", "ImplicitAdams", "Stepper", "get", "names"]
+__all__ = [
+    "ALF",
+    "ExplicitAdams",
+    "ExplicitRK",
+    "ImplicitAdams",
+    "ImplicitRK",
+    "Stepper",
+    "get",
+    "names",
+]
 
 _OTHERS: dict[str, Callable[[], Stepper]] = {
     "alf": ALF,
@@ -43,15 +53,19 @@ def get(name: str) -> Stepper:
         return _OTHERS[name]()
     if name not in names():
         raise UnknownNameError("method", name, (*names(), *_ALIASES))
-    return ExplicitRK(tableaus.get(name))
+    tableau = tableaus.get(name)
+    return ImplicitRK(tableau) if tableau.implicit else ExplicitRK(tableau)
 
 
 def within(stepper: Stepper, rtol: float | Tensor, atol: float | Tensor) -> Stepper:
     """The method with the tolerances of a solve, which one that iterates within its steps needs."""
-    return stepper.within(rtol, atol) if isinstance(stepper, ImplicitAdams) else stepper
+    iterates = isinstance(stepper, ImplicitAdams | ImplicitRK)
+    return stepper.within(rtol, atol) if iterates else stepper
 
 
 def options_of(stepper: Stepper) -> tuple[str, ...]:
-    """The options of a method that torchdiffeq knows."""
+    """The options of a method that torchdiffeq knows, and those that go with them."""
+    if isinstance(stepper, ImplicitRK):
+        return NEWTON_OPTIONS
     options = ("max_order", "max_iters")
     return tuple(name for name in options if hasattr(stepper, name))

@@ -55,11 +55,13 @@ class Work:
 
     Attributes:
         inner: Stages between the ends on which the new value depends.
-        node: 1, or 0 where the step yields that slope without an evaluation.
+        node: 1, or 0 where the step yields that slope without an evaluation, or does not use it.
+        start: 1, or 0 where the first step does not use the slope at which it begins, either.
         error: Further stages that only the error estimate weighs.
         error_node: Whether it weighs the node.
         extra: Further stages that only dense outputs weigh.
-        dense_node: Whether they weigh the node.
+        dense_node: Whether they weigh the node. Where steps do not use it, the next step does not
+            evaluate it again if it holds dense outputs, too.
         points: Stages whose values are needed to find the points of a step again.
         dense_points: Further ones to find the points of the extra stages.
         points_node: Whether the node is among those.
@@ -77,6 +79,7 @@ class Work:
     dense_points: int = 0
     points_node: bool = False
     varies: bool = False
+    start: int = 1
 
 
 @dataclass(slots=True)

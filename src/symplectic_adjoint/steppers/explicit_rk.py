@@ -30,9 +30,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from symplectic_adjoint._errors import ArgumentError
 from symplectic_adjoint._types import Time, as_float
 from symplectic_adjoint.dense import Interpolant
 from symplectic_adjoint.field import DetachedField, Field, RandomState, Stage
+from symplectic_adjoint.rootfind import Jacobian
 from symplectic_adjoint.steppers._base import (
     Cotangent,
     DenseCotangent,
@@ -60,7 +62,10 @@ class RKState(NamedTuple):
 
 @dataclass(slots=True)
 class RKStep:
-    """A step: its start, its size and its stages so far, each evaluated once it is needed."""
+    """A step: its start, its size and its stages so far, each evaluated once it is needed.
+
+    Where the error estimate of an implicit method needs it, a Jacobian is kept until then.
+    """
 
     start: RKState
     t1: Time
@@ -68,20 +73,15 @@ class RKStep:
     stages: list[Stage]
     tokens: Sequence[RandomState | None]
     node: int
+    jacobian: Jacobian | None = None
 
     @property
     def y1(self) -> Tensor:
         return self.stages[self.node].x
 
 
-class ExplicitRK:
-    """The explicit Runge-Kutta method of a tableau.
-
-    Example:
-        >>> from symplectic_adjoint import tableaus
-        >>> ExplicitRK(tableaus.get("dopri5")).order
-        5
-    """
+class RungeKutta:
+    """What all methods of a tableau share, with stages that depend on those before them."""
 
     def __init__(self, tableau: Tableau, interpolant: Interpolant | None = None) -> None:
         """Build the stepper.
@@ -259,12 +259,30 @@ class ExplicitRK:
         return cotangent.y + pulled.v
 
 
+class ExplicitRK(RungeKutta):
+    """The explicit Runge-Kutta method of a tableau.
+
+    Raises:
+        ArgumentError: The tableau is implicit.
+
+    Example:
+        >>> from symplectic_adjoint import tableaus
+        >>> ExplicitRK(tableaus.get("dopri5")).order
+        5
+    """
+
+    def __init__(self, tableau: Tableau, interpolant: Interpolant | None = None) -> None:
+        if tableau.implicit:
+            raise ArgumentError(f"method {tableau.name!r} is implicit; use ImplicitRK(tableau)")
+        super().__init__(tableau, interpolant)
+
+
 class _Transpose:
     """The reverse recursion through one step."""
 
     def __init__(
         self,
-        method: ExplicitRK,
+        method: RungeKutta,
         reversal: Reversal,
         n: int,
         step: RKStep,

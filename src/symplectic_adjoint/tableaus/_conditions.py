@@ -70,7 +70,8 @@ def conditions(a: Sequence[Sequence[Real]], order: int) -> Iterator[Condition]:
     """The conditions of all trees of at most ``order`` nodes, for stages with the matrix ``a``.
 
     Args:
-        a: One row for each stage; row ``i`` has ``i`` weights, those of the stages before it.
+        a: One row for each stage; where it has fewer weights than there are stages, those are the
+            weights of the first ones.
         order: Greatest number of nodes.
 
     Yields:

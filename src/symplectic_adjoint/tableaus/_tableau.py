@@ -1,4 +1,4 @@
-"""The Butcher tableau of an explicit Runge-Kutta method, which proves its order when built."""
+"""The Butcher tableau of a Runge-Kutta method, which proves its order when built."""
 
 from __future__ import annotations
 
@@ -28,17 +28,20 @@ class Butcher(NamedTuple):
 
 @dataclass(frozen=True, init=False)
 class Tableau:
-    """An explicit Runge-Kutta method with its error estimate and its continuous extension.
+    """A Runge-Kutta method with its error estimate and its continuous extension.
 
     A step of size ``h`` from ``(t, y)`` is
 
-        k_i = f(t + c_i h, y + h sum_{j<i} a_ij k_j),   i = 0 ... s - 1,
+        k_i = f(t + c_i h, y + h sum_j a_ij k_j),       i = 0 ... s - 1,
         y_new = y + h sum_{i<s} b_i k_i,                k_s = f(t + h, y_new)
 
-    (Hairer, Norsett, Wanner I, section II.1, definition 1.1). Stage ``s``, the *node*, is stage
-    ``0`` of the next step and no part of ``a`` and ``b``; so the last stage of a method published
-    as FSAL (first same as last) is not listed. Numbers may be integers, fractions or floats. They
-    are stored as floats, ready for use; :meth:`butcher` gives them as they were written.
+    (Hairer, Norsett, Wanner I, section II.1, definition 1.1, and section II.7, definition 7.1).
+    Stage ``0`` is ``f(t, y)``. Stage ``s``, the *node*, is stage ``0`` of the next step and no part
+    of ``a`` and ``b``; so the last stage of a method published as FSAL (first same as last) is not
+    listed. The stages of an explicit method depend on those before them; its rows end there. The
+    rows of an implicit method have ``s`` weights; where it does not use ``f(t, y)``, that stage has
+    weight zero throughout, and ``b_0 = 0``. Numbers may be integers, fractions, ``Surd`` or floats.
+    They are stored as floats, ready for use; :meth:`butcher` gives them as they were written.
 
     When built, a tableau checks its shapes, that rows sum to ``c``, the order conditions of all
     rooted trees for ``b`` up to ``order``, for the error estimate up to ``embedded_order`` and, as
@@ -47,7 +50,8 @@ class Tableau:
     Args:
         name: Name of the method.
         order: Order of ``y_new``.
-        a: ``s`` rows; row ``i`` has ``i`` weights, row ``0`` is empty.
+        a: ``s`` rows. Explicit: row ``i`` has ``i`` weights, row ``0`` is empty. Implicit: all have
+            ``s`` weights, those of row ``0`` are zero.
         b: ``s`` weights.
         c: ``s`` abscissae; the row sums of ``a`` where not given.
         error: ``s + 1`` weights ``e_i`` (the last is the node's) such that the estimate of the
@@ -55,6 +59,8 @@ class Tableau:
             the publication's: only its size is used.
         embedded_order: Order of ``y_new - h sum_i e_i k_i``. Given together with ``error``.
         interpolant: Continuous extension; cubic Hermite where not given.
+        damping: Where positive, the estimate is ``(I - damping h J)^{-1} h sum_i e_i k_i`` with
+            ``J = df/dy``, which keeps it bounded on stiff components.
         fsal: Whether the method was published with the node as its last stage.
         citation: Where the coefficients come from.
 
@@ -80,6 +86,7 @@ class Tableau:
     error: tuple[float, ...] | None
     embedded_order: int | None
     interpolant: Interpolant
+    damping: float
     fsal: bool
     citation: str
     _exact: Butcher = field(init=False, repr=False, compare=False)
@@ -94,6 +101,7 @@ class Tableau:
         error: Iterable[Number] | None = None,
         embedded_order: int | None = None,
         interpolant: Interpolant | None = None,
+        damping: float = 0.0,
         fsal: bool = False,
         citation: str = "",
     ) -> None:
@@ -108,6 +116,7 @@ class Tableau:
             "error": None if error is None else tuple(map(float, error)),
             "embedded_order": embedded_order,
             "interpolant": interpolant or hermite(b, order=min(order, 3)),
+            "damping": damping,
             "fsal": fsal,
             "citation": citation,
             "_exact": Butcher(rows, b, c),
@@ -123,6 +132,11 @@ class Tableau:
         return len(self.b)
 
     @property
+    def implicit(self) -> bool:
+        """Whether stages depend on themselves or on later ones, so that a step solves equations."""
+        return len(self.a[0]) > 0
+
+    @property
     def adaptive(self) -> bool:
         """Whether the method estimates its error."""
         return self.error is not None
@@ -136,8 +150,9 @@ class Tableau:
         """The tableau as published, as exact as it was given.
 
         Returns:
-            Square strictly lower ``a``, weights ``b`` and abscissae ``c``, with the node as a last
-            stage of weight zero where the method was published as FSAL.
+            Square ``a``, weights ``b`` and abscissae ``c``, with the node as a last stage of weight
+            zero where the method was published as FSAL, and without stage ``0`` where an implicit
+            method does not use it.
 
         Example:
             >>> Tableau(name="euler", order=1, a=((),), b=(1,), fsal=True).butcher()
@@ -146,6 +161,8 @@ class Tableau:
         a, b, c = self._exact
         if self.fsal:
             a, b, c = (*a, b), (*b, 0), (*c, 1)
+        if self.implicit and not any(row[0] != 0 for row in (*a, b)):
+            a, b, c = tuple(row[1:] for row in a[1:]), b[1:], c[1:]
         return Butcher(tuple((*row, *[0] * (len(b) - len(row))) for row in a), b, c)
 
     def _check_shapes(self) -> None:
@@ -153,12 +170,17 @@ class Tableau:
         self._require(self.order >= 1, f"order must be at least 1, got {self.order}")
         self._require(s >= 1, "b is empty: a method needs at least one stage")
         rows = [len(row) for row in self.a]
-        self._require(rows == list(range(s)), f"a needs rows of 0 ... {s - 1} weights, got {rows}")
+        self._require(
+            rows in (list(range(s)), [s] * s),
+            f"a needs rows of 0 ... {s - 1} weights, or of {s} each, got {rows}",
+        )
+        self._require(not any(self.a[0]), "row 0 of a must be zero: stage 0 is f(t, y)")
         self._require(len(self.c) == s, f"c must have {s} entries, got {len(self.c)}")
         self._require(
             (self.error is None) == (self.embedded_order is None),
             "error and embedded_order belong together: give both or none",
         )
+        self._require(0 <= self.damping < math.inf, f"damping = {self.damping} must be finite")
         if self.error is not None:
             self._require(
                 len(self.error) == s + 1,
@@ -178,7 +200,8 @@ class Tableau:
     def _check_order_conditions(self) -> None:
         """All conditions in one walk over the rooted trees, on all the stages of a step."""
         rows = (*self.a, self.b, *self.interpolant.a)
-        for condition in conditions(rows, max(self.order, self.interpolant.order)):
+        greatest = max(self.order, self.embedded_order or 0, self.interpolant.order)
+        for condition in conditions(rows, greatest):
             if condition.order <= self.order:
                 self._check_weights(condition)
             if self.error is not None and condition.order <= (self.embedded_order or 0):
@@ -195,11 +218,11 @@ class Tableau:
         )
 
     def _check_error(self, condition: Condition, error: Sequence[float]) -> None:
-        # Both y_new and the embedded solution fulfil the condition, so their difference must not
-        # see the tree.
+        # Where y_new fulfils the condition, too, their difference must not see the tree.
+        fulfilled = condition.order <= self.order
         self._require_equal(
-            condition.left(error),
-            0.0,
+            condition.left(error) if fulfilled else condition.left(self.b) - condition.left(error),
+            0.0 if fulfilled else 1 / condition.density,
             f"error misses embedded order {condition.order} on the tree {condition.tree}",
         )
 
