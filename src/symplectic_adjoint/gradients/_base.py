@@ -78,7 +78,7 @@ class Sweep:
     out_times: Tensor | None
     setting: Any
     controller: Any
-    replay: Callable[[Sequence[Tensor]], tuple[Tensor, int]]
+    replay: Callable[[Sequence[Tensor]], tuple[Tensor, Field]]
     memo: dict[str, Any]
     own: Stats = dataclasses.field(default_factory=Stats)
     _pending: list[tuple[int, Outputs, DenseCotangent]] = dataclasses.field(default_factory=list)

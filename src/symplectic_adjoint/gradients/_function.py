@@ -264,7 +264,7 @@ def replayed(tape: Tape, inputs: Sequence[Tensor]) -> tuple[Tensor, Field]:
     y0, nodes, times, *captured = inputs
     with tape.capture.substituted(captured), tape.autocast.restored():
         field = GraphField(tape.func, y0)
-        field.corrections = 2
+        field.corrections = 3  # a second derivative may be three derivatives of the replay
         field.leafy = tape.leafy
         tokens = [record.saved.tokens for record in tape.records]
         knots: list[Time] = list(tape.nodes)
@@ -287,8 +287,6 @@ def _differentiable(recording: _Recording, needs: Sequence[bool], g: Tensor) -> 
     )
     field.products += field.evaluations - field.solver_evaluations
     _write_stats(recording.tape.stats, field, Stats())
-    field.products += field.evaluations - field.solver_evaluations
-    _write_stats(tape.stats, field, Stats())
     result: list[Tensor | None] = [None] * len(views)
     for i, grad in zip(wanted, grads, strict=True):
         result[i] = grad

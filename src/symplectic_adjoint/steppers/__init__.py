@@ -59,8 +59,9 @@ def get(name: str) -> Stepper:
 
 def within(stepper: Stepper, rtol: float | Tensor, atol: float | Tensor) -> Stepper:
     """The method with the tolerances of a solve, which one that iterates within its steps needs."""
-    iterates = isinstance(stepper, ImplicitAdams | ImplicitRK)
-    return stepper.within(rtol, atol) if iterates else stepper
+    if isinstance(stepper, ImplicitAdams | ImplicitRK):
+        return stepper.within(rtol, atol)
+    return stepper
 
 
 def options_of(stepper: Stepper) -> tuple[str, ...]:

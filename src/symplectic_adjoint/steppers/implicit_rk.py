@@ -30,7 +30,7 @@ the symplectic partner of the method (Matsubara, Miyatake, Yaguchi 2024, doi
 **Under autograd** the iteration leaves no graph. By the implicit function theorem ``dK = -M^{-1}
 dF`` with ``M = dF/dK`` at the root: ``K`` is the value found minus ``M^{-1} F``, with ``M`` a
 constant and ``F`` on the graph. One such correction gives first derivatives, two give second ones
-(each agrees with the root to one order more); a derivative beyond that raises.
+and so on (each agrees with the root to one order more); a derivative beyond that raises.
 """
 
 from __future__ import annotations
@@ -374,6 +374,7 @@ class _Correction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         residual, ctx.system, ctx.order = inputs
         ctx.save_for_backward(residual)
+        ctx.save_for_forward(residual)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -383,8 +384,9 @@ class _Correction(torch.autograd.Function):
         return _solved(g, residual, ctx.system, True, ctx.order - 1), None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Any:
-        return ctx.system.solve(tangent)
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        (residual,) = ctx.saved_tensors
+        return _solved(tangent, residual, ctx.system, False, ctx.order - 1)
 
 
 class _Solved(torch.autograd.Function):
@@ -402,20 +404,29 @@ class _Solved(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        _, anchor, ctx.system, ctx.transposed, ctx.order = inputs
-        ctx.save_for_backward(anchor)
+        r, anchor, ctx.system, ctx.transposed, ctx.order = inputs
+        ctx.save_for_backward(r, anchor)
+        ctx.save_for_forward(r, anchor)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return _Solved.further(ctx, g, not ctx.transposed), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor:
+        zero = torch.zeros_like(ctx.saved_tensors[0])
+        return _Solved.further(ctx, zero if tangent is None else tangent, ctx.transposed)
+
+    @staticmethod
+    def further(ctx: Any, r: Tensor, transposed: bool) -> Tensor:
+        """The derivative of one order more."""
         if ctx.order == 0:
             raise SecondDerivativeError(
-                "a derivative of too high an order was asked of the stages of an implicit method; "
-                "second derivatives are there with gradient='symplectic', higher ones with "
-                "explicit methods only"
+                "a derivative of too high an order was asked of the stages of an implicit method: "
+                "backprop gives first ones, all other strategies second and third ones; higher "
+                "ones are there with explicit methods"
             )
-        (anchor,) = ctx.saved_tensors
-        r = _solved(g, anchor, ctx.system, not ctx.transposed, ctx.order - 1)
-        return r, None, None, None, None
+        return _solved(r, ctx.saved_tensors[1], ctx.system, transposed, ctx.order - 1)
 
 
 _correction: Callable[..., Tensor] = _Correction.apply
