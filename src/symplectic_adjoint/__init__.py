@@ -13,6 +13,7 @@ Example:
 from symplectic_adjoint._errors import (
     ArgumentError,
     CaptureError,
+    ChangedTensorError,
     ConvergenceWarning,
     EventGradientError,
     EventNotFoundError,
@@ -66,6 +67,7 @@ __all__ = [
     "Autonomous",
     "Backprop",
     "CaptureError",
+    "ChangedTensorError",
     "Checkpoint",
     "Continuous",
     "ConvergenceWarning",

@@ -55,6 +55,10 @@ class CaptureError(SymplecticAdjointError, RuntimeError):
     """``func`` depends on a tensor that requires grad and that could not be found."""
 
 
+class ChangedTensorError(SymplecticAdjointError, RuntimeError):
+    """A tensor that ``func`` reads was changed in place between forward and backward pass."""
+
+
 class EventOutputError(SymplecticAdjointError, TypeError):
     """An event function returned something that has no sign."""
 

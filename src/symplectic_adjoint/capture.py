@@ -30,10 +30,22 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import TensorWeakRef
 
-from symplectic_adjoint._errors import ArgumentError, CaptureError
+from symplectic_adjoint import sharding
+from symplectic_adjoint._errors import ArgumentError, CaptureError, ChangedTensorError
 
 _SUBSTITUTION = threading.RLock()
-"""Held while aliases stand in the slots, since these are shared by all threads."""
+"""Held while slots are read or hold aliases, since these are shared by all threads."""
+
+
+def _in_worker() -> bool:
+    """Whether this is a thread that the program has started, beside others that use its modules.
+
+    Then tensors are replaced by identity, for this thread alone. The main thread and those of
+    autograd, which work while it waits, write into the slots: that is faster.
+    """
+    thread = threading.current_thread()
+    foreign = isinstance(thread, threading._DummyThread)
+    return thread is not threading.main_thread() and not foreign
 
 
 _EMPTY = object()
@@ -89,14 +101,19 @@ def varies(x: Tensor) -> bool:
 
 
 class _Fixed(nn.Module):
-    """Stands in for a parametrisation during a solve: its value is computed once."""
+    """Stands in for a parametrisation during a solve: its value is computed once.
 
-    def __init__(self, value: Tensor) -> None:
+    To other threads it is what it was.
+    """
+
+    def __init__(self, value: Tensor, original: nn.Module) -> None:
         super().__init__()
         self.__dict__["value"] = value
+        self.original = original
 
     def forward(self) -> Tensor:
-        value: Tensor = self.__dict__["value"]
+        owned: bool = _SUBSTITUTION._is_owned()  # type: ignore[attr-defined]
+        value: Tensor = self.__dict__["value"] if owned else self.original()
         return value
 
 
@@ -133,11 +150,15 @@ class Capture:
         self._scripted: dict[str, Tensor] = {}
         self._held: list[tuple[_Slot, Any]] = []
         self._frozen: list[tuple[_Slot, Any]] = []
+        self._private = _in_worker()
+        self._buffers: list[dict[str, Tensor | None]] = []
+        self._versions: list[tuple[Tensor, int]] = []
         self._only = None if only is None else {id(p) for p in only}
         walk = _Walk(self)
         walk.visit(func, "func")
         walk.visit(args, "args")
-        walk.run()
+        with _SUBSTITUTION:
+            walk.run()
         for tensor in only or ():
             if id(tensor) not in self._index:
                 self._add(tensor, "params", None)
@@ -149,10 +170,13 @@ class Capture:
 
     def _add(self, tensor: Tensor, name: str, slot: _Slot | None) -> None:
         value = tensor
+        if not wrapped(tensor) and not tensor.is_inference():
+            self._versions.append((tensor, tensor._version))
         if self._only is not None and id(tensor) not in self._only:
             if not wrapped(tensor):
                 if slot is not None:
                     self._constants.append((slot, tensor))
+                    self._hidden_constants += [(tensor, tensor)] if self._private else []
                 return
             value = tensor.detach()
         elif not varies(tensor):
@@ -168,40 +192,78 @@ class Capture:
         else:
             self._slots[i].append(slot)
 
+    def _identified(self) -> Collection[int]:
+        """The tensors that are replaced by identity."""
+        return range(len(self.tensors)) if self._private else self._by_identity
+
     def _fix(self, slot: _Slot, stand_in: Any) -> None:
         self._stand_ins.append((slot, stand_in))
 
     def freeze(self) -> None:
         """Let names mean what they mean now whenever ``func`` is evaluated again.
 
-        What ``func`` itself has rebound since the capture, such as a counter, stays its own.
+        What ``func`` itself has rebound or written since the capture, such as a counter, stays its
+        own. Where it has written a buffer of a module, all buffers there are taken to be of that
+        kind: functions such as ``batch_norm`` write some that autograd does not count.
         """
-        self._frozen = [(slot, value) for slot, value in self._held if slot.read() is value]
+        with _SUBSTITUTION:
+            self._frozen = [(slot, value) for slot, value in self._held if slot.read() is value]
+        written = {id(x) for x, version in self._versions if x._version != version}
+        self._versions = [(x, version) for x, version in self._versions if id(x) not in written]
+        self._buffers = [
+            held for held in self._buffers if any(id(x) in written for x in held.values())
+        ]
 
     @contextlib.contextmanager
     def substituted(self, aliases: Sequence[Tensor]) -> Generator[None]:
         """Put ``aliases`` (one for each of ``tensors``) where ``func`` looks for the originals."""
-        with _SUBSTITUTION, contextlib.ExitStack() as undo:
+        with _SUBSTITUTION, _Swaps() as swaps, contextlib.ExitStack() as undo:
             for slot, value in self._frozen:
                 if slot.read() is not value:
-                    _swap(undo, slot, value)
+                    swaps.put(slot, value)
             for slot, stand_in in self._stand_ins:
-                _swap(undo, slot, stand_in)
-            for slot, tensor in self._constants:
-                _swap(undo, slot, tensor.detach())
-            for alias, slots in zip(aliases, self._slots, strict=True):
-                for slot in slots:
-                    _swap(undo, slot, alias)
+                swaps.put(slot, stand_in)
+            if not self._private:
+                for slot, tensor in self._constants:
+                    swaps.put(slot, tensor.detach())
+                for alias, slots in zip(aliases, self._slots, strict=True):
+                    for slot in slots:
+                        swaps.put(slot, alias)
             identities = {id(x): value.detach() for x, value in self._hidden_constants}
-            identities |= {id(self._originals[i]): aliases[i] for i in self._by_identity}
+            identities |= {id(self._originals[i]): aliases[i] for i in self._identified()}
             if identities:
                 undo.enter_context(_Replace(identities))
+            yield
+
+    @contextlib.contextmanager
+    def resumed(self, aliases: Sequence[Tensor]) -> Generator[None]:
+        """``substituted``, to evaluate again what the forward pass has evaluated.
+
+        Buffers that ``func`` writes, such as running statistics, are copies that nobody keeps.
+
+        Raises:
+            ChangedTensorError: An evaluation reads a tensor that was changed in place since. That
+                is seen for the tensors that the walk has found; those that require grad are in the
+                care of autograd.
+        """
+        with (
+            self.substituted(aliases),
+            _Swaps(rebound=True) as swaps,
+            contextlib.ExitStack() as undo,
+        ):
+            for held in self._buffers:
+                for key, buffer in held.items():
+                    if buffer is not None and not buffer.requires_grad:
+                        swaps.put(_Slot(held, key), buffer.clone())
+            changed = [x for x, version in self._versions if x._version != version]
+            if changed:
+                undo.enter_context(_Changed(changed))
             yield
 
     @property
     def convertible(self) -> bool:
         """Whether every tensor that was found sits in a place that can be assigned."""
-        return not self._by_identity and not self._scripted
+        return not self._identified() and not self._scripted
 
     @contextlib.contextmanager
     def converted(
@@ -213,11 +275,11 @@ class Capture:
             aliases: One for each of ``tensors``.
             convert: Makes what stands for a tensor that requires no grad.
         """
-        with self.substituted(aliases), contextlib.ExitStack() as undo:
+        with self.substituted(aliases), _Swaps() as swaps:
             standing = {id(x) for x in aliases}
             for slot, value in self._held:
                 if isinstance(value, Tensor) and id(slot.read()) not in standing:
-                    _swap(undo, slot, convert(value))
+                    swaps.put(slot, convert(value))
             yield
 
     def discover(self, evaluate: Callable[[], Tensor], known: Iterable[Tensor]) -> bool:
@@ -248,6 +310,9 @@ class Capture:
         hidden = [x for x in reached if id(x) not in watch.known or id(x) in replaced]
         if has_tangent(output) and not new:
             hidden.append(output)
+        if hidden and self._private:
+            self._private = False  # they can only be replaced where they are held
+            return True
         if hidden:
             raise CaptureError(
                 "func depends on tensors that vary and cannot be replaced during the solve:"
@@ -265,7 +330,7 @@ class Capture:
 
     def _replaced(self) -> set[int]:
         """Tensors that are replaced by identity."""
-        replaced = {id(self._originals[i]) for i in self._by_identity}
+        replaced = {id(self._originals[i]) for i in self._identified()}
         return replaced | {id(x) for x, _ in self._hidden_constants}
 
     def holding(self, tensors: Sequence[Tensor]) -> Capture:
@@ -278,7 +343,7 @@ class Capture:
         twin._constants, twin._hidden_constants = [*self._constants], [*self._hidden_constants]
         twin._by_identity, twin._index = set(), {}
         for i, tensor in enumerate(tensors):
-            hidden = i in self._by_identity
+            hidden = i in self._identified()
             if tensor.requires_grad:
                 twin._by_identity |= {len(twin.tensors)} if hidden else set()
                 twin._index[id(self._originals[i])] = len(twin.tensors)
@@ -319,16 +384,38 @@ def _listed(params: Any) -> list[Tensor]:
     return tensors
 
 
-def _swap(undo: contextlib.ExitStack, slot: _Slot, value: Any) -> None:
-    """Write ``value``; on leaving, put back what was there, unless func itself wrote since."""
-    before = slot.read()
-    slot.write(value)
+class _Swaps:
+    """Writes into slots, and on leaving puts back what was there, wherever it is interrupted."""
 
-    def restore() -> None:
-        if slot.read() is value:
-            slot.write(before)
+    def __init__(self, *, rebound: bool = False) -> None:
+        """Swap nothing yet.
 
-    undo.callback(restore)
+        Args:
+            rebound: Whether to undo what ``func`` itself has written into a slot since, too.
+        """
+        self._rebound = rebound
+        self._done: list[tuple[_Slot, Any, Any]] = []
+
+    def put(self, slot: _Slot, value: Any) -> None:
+        """Write ``value``."""
+        self._done.append((slot, slot.read(), value))  # first, in case of an interruption
+        slot.write(value)
+
+    def __enter__(self) -> _Swaps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._restore()
+        except BaseException:
+            self._restore()
+            raise
+
+    def _restore(self) -> None:
+        """Can be repeated."""
+        for slot, before, value in reversed(self._done):
+            if self._rebound or slot.read() is value:
+                slot.write(before)
 
 
 class _Walk:
@@ -337,6 +424,7 @@ class _Walk:
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
         self.seen: set[int] = set()
+        self.gathered: set[int] = set()
         self.queue: collections.deque[tuple[Any, str, bool]] = collections.deque()
 
     def visit(self, obj: Any, name: str, *, direct: bool = True) -> None:
@@ -382,6 +470,10 @@ class _Walk:
             skip.add("parametrizations")
             self._parametrized(module, name)
         self._hooked_weights(module, name)
+        if sharding.is_sharded(module):
+            self._sharded(module, name)
+        if module._buffers:
+            self.capture._buffers.append(module._buffers)
         for attribute, value in vars(module).items():
             path = f"{name}.{attribute}"
             if attribute in ("_parameters", "_buffers", "_modules"):
@@ -397,11 +489,11 @@ class _Walk:
     def _made_of(self, owner: nn.Module, make: Callable[[], Tensor]) -> Tensor:
         """A weight made of ``owner``'s parameters; it stands for those that are listed."""
         only = self.capture._only
-        with contextlib.ExitStack() as undo:
+        with _Swaps() as swaps:
             for part in owner.modules() if only is not None else ():
                 for key, x in part._parameters.items():
                     if x is not None and id(x) not in (only or ()):
-                        _swap(undo, _Slot(part._parameters, key), x.detach())
+                        swaps.put(_Slot(part._parameters, key), x.detach())
             value = make()
         if only is not None and value.requires_grad:
             only.add(id(value))
@@ -411,7 +503,7 @@ class _Walk:
         lists: Any = module.parametrizations
         for key in list(lists._modules):
             value = self._made_of(lists[key], functools.partial(getattr, module, key))
-            fixed = _Fixed(value)
+            fixed = _Fixed(value, lists[key])
             self.capture._fix(_Slot(lists._modules, key), fixed)
             self.capture._add(value, f"{name}.{key}", _Slot(fixed.__dict__, "value"))
 
@@ -422,6 +514,28 @@ class _Walk:
             if type(hook).__module__ in _WEIGHT_HOOKS:
                 self._made_of(module, functools.partial(_hooked, hook, module))
                 self.capture._fix(_Slot(hooks, key), _no_hook)
+
+    def _sharded(self, module: nn.Module, name: str) -> None:
+        """Parameters are gathered once, not by hooks at each call of the module."""
+        sharding.check(module)
+        only = self.capture._only
+        parameters = list(sharding.parameters(module))
+        for held, key, x in parameters:
+            if id(x) in self.gathered:
+                continue
+            self.gathered.add(id(x))
+            listed = only is None or id(x) in only
+            value = sharding.gathered(x if listed else x.detach())
+            slot = _Slot(held, key)
+            if value.requires_grad:
+                if only is not None:
+                    only.add(id(value))
+                self.capture._add(value, f"{name}.{key}", slot)
+            else:
+                self.capture._fix(slot, value)
+        stand_in = _no_hook if parameters else sharding.already_gathered
+        for hooks, number in sharding.hooks(module):
+            self.capture._fix(_Slot(hooks, number), stand_in)
 
     def _container(self, obj: Any, name: str, skip: Collection[str] = ()) -> None:
         if len(obj) > _LONG:
@@ -451,6 +565,8 @@ class _Walk:
         self.visit(vars(function), name)
 
     def _item(self, value: Any, name: str, slot: _Slot | None, *, direct: bool = False) -> None:
+        if id(value) in self.gathered:
+            return
         if slot is not None:
             self.capture._held.append((slot, value))
         if isinstance(value, Tensor):
@@ -475,8 +591,8 @@ def _hooked(hook: Any, module: nn.Module) -> Tensor:
     return weight
 
 
-def _no_hook(module: nn.Module, inputs: Any) -> None:
-    """Stands in for a hook whose weight is already computed."""
+def _no_hook(module: nn.Module, *_: Any) -> None:
+    """Stands in for a hook whose work is already done."""
 
 
 def _global_names(code: types.CodeType) -> set[str]:
@@ -541,6 +657,31 @@ class HiddenTensor(Exception):  # noqa: N818 - a signal, not an error
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
+
+
+class _Changed(TorchFunctionMode):
+    """Refuses to compute with tensors that were changed in place."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._storages = {x.untyped_storage().data_ptr() for x in tensors if x.numel()}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name.endswith("_like") or name.startswith("new_") or not _tensors(result):
+            return result  # depends on its shape, dtype and device alone
+        for x in _tensors((args, kwargs)):
+            if x.untyped_storage().data_ptr() in self._storages:
+                raise ChangedTensorError(
+                    f"a tensor that func reads ({x.dtype} of shape {tuple(x.shape)}) was changed "
+                    "in place between the forward and the backward pass, which evaluates func "
+                    "again; change it after the backward pass, or change a copy of it"
+                )
+        return result
 
 
 class _Watch(TorchFunctionMode):

@@ -69,7 +69,7 @@ class GraphDense(Dense):
 
     def at(self, times: Tensor) -> Tensor:
         parts = []
-        with self.capture.substituted(self.capture.tensors):
+        with self.capture.resumed(self.capture.tensors):
             for step, (first, stop, _) in zip(self.steps, self.bins(times), strict=True):
                 if stop > first:
                     theta = (times[first:stop] - step.start.t) / (step.t1 - step.start.t)
@@ -107,7 +107,7 @@ class RecordedDense(Dense):
         with (
             torch.inference_mode(mode=False),
             torch.enable_grad(),
-            capture.substituted(aliases),
+            capture.resumed(aliases),
             self.tape.autocast.restored(),
         ):
             field = DetachedField(self.tape.func, y0, aliases, None)

@@ -222,7 +222,7 @@ def _reversed(
     y0, _, times, *captured = inputs
     end, records = tape.restored(kept)
     aliases = list(tape.aliases) or detached(captured)
-    with torch.enable_grad(), tape.capture.substituted(aliases), tape.autocast.restored():
+    with torch.enable_grad(), tape.capture.resumed(aliases), tape.autocast.restored():
         field = DetachedField(tape.func, y0, aliases, None)
         field.leafy = tape.leafy
         field.linearize(True)
@@ -262,7 +262,7 @@ def replayed(tape: Tape, inputs: Sequence[Tensor]) -> tuple[Tensor, Field]:
         The outputs, and the field, which counts what they take.
     """
     y0, nodes, times, *captured = inputs
-    with tape.capture.substituted(captured), tape.autocast.restored():
+    with tape.capture.resumed(captured), tape.autocast.restored():
         field = GraphField(tape.func, y0)
         field.corrections = 3  # a second derivative may be three derivatives of the replay
         field.leafy = tape.leafy
