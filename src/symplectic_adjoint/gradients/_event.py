@@ -63,7 +63,8 @@ class Located:
         own = self.root.event.capture
         own.freeze()
         apply: Callable[..., tuple[Tensor, Tensor]] = _Moved.apply
-        return apply(self, tau, y, y0, nodes, *self.tape.capture.tensors, *own.tensors)
+        tau, y = apply(self, tau, y, y0, nodes, *self.tape.capture.tensors, *own.tensors)
+        return tau.clone(), y.clone()  # which the caller may change in place
 
     def height(self, tau: Tensor, y: Tensor) -> Tensor:
         """The component of the event function that changes its sign."""

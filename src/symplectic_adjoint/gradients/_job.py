@@ -388,8 +388,7 @@ def _crossing(
     if root is None:
         return y, None
     located = Located(root, field, tape, random, Autocast(field.device))
-    # Two tensors of their own, so that the caller may change either in place.
-    tau, end = located.attach(y[-1].clone(), job.problem.y0, job.nodes(result.nodes))
+    tau, end = located.attach(y[-1], job.problem.y0, job.nodes(result.nodes))
     end = job.problem.spec.unflatten(end)
     return y[:-1].clone(), Crossing(tau, end, root.event.index, root.component)
 
