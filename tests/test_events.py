@@ -185,9 +185,7 @@ def test_an_event_of_a_stiff_solution_is_located_to_the_resolution_of_time() -> 
     """Relaxation at rate 1000 onto cos t: the level is crossed in the transient."""
     event = lambda t, y: y - 0.5  # noqa: E731
     stiff = lambda t, y: -1000.0 * (y - torch.cos(t))  # noqa: E731
-    crossing = found(
-        sa.solve(stiff, f64(0)[0], [0.0, 1.0], rtol=1e-11, atol=1e-13, event=event)
-    )
+    crossing = found(sa.solve(stiff, f64(0)[0], [0.0, 1.0], rtol=1e-11, atol=1e-13, event=event))
     # y = (1e6 cos t + 1e3 sin t - 1e6 exp(-1e3 t)) / (1e6 + 1), solved for 1/2 by Newton.
     t = math.log(2) / 1000
     for _ in range(5):
