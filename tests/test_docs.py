@@ -36,7 +36,8 @@ def test_training_example_learns() -> None:
 
 
 def test_integrate_and_fire_example_recovers_the_neuron() -> None:
-    neuron, loss = load(EXAMPLES / "integrate_and_fire.py").fit()
-    assert loss < 1e-8
-    assert abs(neuron.current.item() - 0.6) < 1e-3
-    assert abs(neuron.tau.item() - 2.0) < 1e-2
+    neuron, misses = load(EXAMPLES / "integrate_and_fire.py").fit()
+    assert misses[0] > 0.1
+    assert misses[-1] < 1e-10
+    assert abs(neuron.current.item() - 0.6) < 1e-10
+    assert abs(neuron.tau.item() - 2.0) < 1e-10
