@@ -33,3 +33,11 @@ def load(path: Path) -> ModuleType:
 def test_training_example_learns() -> None:
     losses = load(EXAMPLES / "train_neural_ode.py").train(iterations=60, batch=16)
     assert sum(losses[-10:]) < 0.1 * sum(losses[:10])
+
+
+def test_integrate_and_fire_example_recovers_the_neuron() -> None:
+    neuron, misses = load(EXAMPLES / "integrate_and_fire.py").fit()
+    assert misses[0] > 0.1
+    assert misses[-1] < 1e-10
+    assert abs(neuron.current.item() - 0.6) < 1e-10
+    assert abs(neuron.tau.item() - 2.0) < 1e-10

@@ -32,7 +32,12 @@ from symplectic_adjoint._errors import (
     UnknownNameError,
 )
 from symplectic_adjoint.api import solve
-from symplectic_adjoint.compat.torchdiffeq import odeint, odeint_adjoint, odeint_dense
+from symplectic_adjoint.compat.torchdiffeq import (
+    odeint,
+    odeint_adjoint,
+    odeint_dense,
+    odeint_event,
+)
 from symplectic_adjoint.controllers import Adaptive, FixedGrid, SensitivityControl
 from symplectic_adjoint.diagnostics import GradientCheck, check_gradient, peak_memory
 from symplectic_adjoint.events import Crossing, Event
@@ -107,6 +112,7 @@ __all__ = [
     "odeint",
     "odeint_adjoint",
     "odeint_dense",
+    "odeint_event",
     "peak_memory",
     "solve",
 ]

@@ -66,7 +66,7 @@ class Event:
                 f"direction = {self.direction!r} must be 1 (rising), -1 (falling) or 0 (both)"
             )
         if self.samples < 0:
-            raise ArgumentError(f"samples = {self.samples!r} must be a non-negative integer")
+            raise ArgumentError(f"samples = {self.samples!r} must not be negative")
 
 
 @dataclass

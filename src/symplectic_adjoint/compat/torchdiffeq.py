@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from symplectic_adjoint import gradients
 from symplectic_adjoint._compile import uncompiled
@@ -17,6 +19,7 @@ from symplectic_adjoint.api import resolved_stepper, solve
 from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid
 from symplectic_adjoint.dense import linear
 from symplectic_adjoint.gradients import Strategy
+from symplectic_adjoint.solution import Solution
 from symplectic_adjoint.steppers import ExplicitRK, ImplicitRK, Stepper, options_of
 
 
@@ -30,6 +33,7 @@ def odeint(
     atol: float | Tensor = 1e-9,
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
+    event_fn: Callable[[Tensor, Any], Tensor] | None = None,
     gradient: str | Strategy = "symplectic",
     params: Sequence[Tensor] | None = None,
 ) -> Any:
@@ -47,15 +51,20 @@ def odeint(
             ``step_size``, ``grid_constructor`` and ``interp`` ("linear" or "cubic"); for Adams
             methods also ``max_order`` and, for the implicit one, ``max_iters``. Implicit
             Runge-Kutta methods step on a grid, too, and take the fields of ``Newton`` besides.
+        event_fn: ``(t, y) -> value``. When given, the solve runs from ``t[0]`` in the direction of
+            ``t`` until an element of the value changes its sign, wherever ``t`` ends.
         gradient: A strategy or its name.
         params: When given, gradients go to ``y0``, ``t`` and these tensors only.
 
     Returns:
-        The solution at ``t``: (T, ...), or a pytree like ``y0`` with such leaves.
+        The solution at ``t``: (T, ...), or a pytree like ``y0`` with such leaves. With ``event_fn``
+        the pair ``(event_t, y)``: the time of the event, like ``t[0]``, and the solution at
+        ``t[0]`` and there, (2, ...).
 
     Raises:
         ArgumentError: An argument is unusable.
         SolveError: ``t[-1]`` could not be reached.
+        EventNotFoundError: No event occurred within ``max_num_steps``, or 20 000 steps.
 
     Example:
         >>> import torch
@@ -65,17 +74,19 @@ def odeint(
     """
     stepper = resolved_stepper(method, gradients.get(gradient))
     stepper, controller = _from_options(stepper, options or {})
-    return solve(
+    solution = solve(
         func,
         y0,
-        t,
+        t if event_fn is None else _endless(t),
         method=stepper,
         rtol=rtol,
         atol=atol,
         controller=controller,
         gradient=gradient,
         params=params,
-    ).y
+        event=event_fn,
+    )
+    return solution.y if event_fn is None else _at_event(solution)
 
 
 @uncompiled
@@ -88,6 +99,7 @@ def odeint_adjoint(
     atol: float | Tensor = 1e-9,
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
+    event_fn: Callable[[Tensor, Any], Tensor] | None = None,
     adjoint_params: Sequence[Tensor] | None = None,
 ) -> Any:
     """Solve like ``odeint``, with torchdiffeq's signature for the adjoint method.
@@ -100,6 +112,7 @@ def odeint_adjoint(
         atol: Absolute tolerance.
         method: Name of a method; "dopri5" by default.
         options: Options of the method, as in ``odeint``.
+        event_fn: Ends the solve, as in ``odeint``.
         adjoint_params: When given, gradients go to ``y0``, ``t`` and these tensors only.
 
     Returns:
@@ -122,6 +135,7 @@ def odeint_adjoint(
         atol=atol,
         method=method,
         options=options,
+        event_fn=event_fn,
         params=adjoint_params,
     )
 
@@ -177,6 +191,73 @@ def odeint_dense(
         controller=controller,
         dense=True,
     ).dense
+
+
+@uncompiled
+def odeint_event(
+    func: Func,
+    y0: Any,
+    t0: float | Tensor,
+    *,
+    event_fn: Callable[[Tensor, Any], Tensor],
+    reverse_time: bool = False,
+    odeint_interface: Callable[..., Any] = odeint,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Solve from ``t0`` until an event.
+
+    Args:
+        func: Gives the derivative: ``func(t, y)``.
+        y0: Initial state: a tensor or a pytree of tensors.
+        t0: Where to start, a number or a tensor with one element.
+        event_fn: ``(t, y) -> value``; the solve ends where an element of the value changes its
+            sign.
+        reverse_time: Whether time decreases.
+        odeint_interface: ``odeint`` or ``odeint_adjoint``.
+        **kwargs: Further keyword arguments of ``odeint_interface``.
+
+    Returns:
+        The pair ``(event_t, y)``: the time of the event, like ``t0``, and the solution at ``t0``
+        and there, (2, ...), or a pytree like ``y0`` with such leaves. Both have the exact gradient,
+        also for the parameters of ``event_fn``.
+
+    Raises:
+        ArgumentError: An argument is unusable.
+        SolveError: The solve failed before an event.
+        EventNotFoundError: No event occurred within ``max_num_steps``, or 20 000 steps.
+
+    Example:
+        >>> import torch
+        >>> rate = torch.tensor(0.5, requires_grad=True)
+        >>> t, y = odeint_event(
+        ...     lambda t, y: rate * y, torch.ones(1), 0.0, event_fn=lambda t, y: y - 2.0
+        ... )
+        >>> round(t.item(), 4), y.shape  # log(2) / rate
+        (1.3863, torch.Size([2, 1]))
+        >>> round(torch.autograd.grad(t, rate)[0].item(), 4)
+        -2.7726
+    """
+    start = t0 if isinstance(t0, Tensor) else torch.tensor(t0, dtype=torch.float64)
+    start = start.reshape(1)
+    ahead = start.detach() + (-1.0 if reverse_time else 1.0)
+    event_t, y = odeint_interface(func, y0, torch.cat([start, ahead]), event_fn=event_fn, **kwargs)
+    return event_t, y
+
+
+def _endless(t: Any) -> Tensor:
+    """From ``t[0]`` in the direction of ``t``, without end."""
+    times = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+    if times.ndim != 1 or len(times) < 2 or times[0] == times[-1]:
+        return times  # which solve refuses
+    ahead = (times[-1:] - times[:1]).detach().sign()
+    return torch.cat([times[:1], ahead * math.inf])
+
+
+def _at_event(solution: Solution) -> tuple[Tensor, Any]:
+    event = solution.event
+    assert event is not None
+    y = pytree.tree_map(lambda a, b: torch.cat([a[:1], b.unsqueeze(0)]), solution.y, event.y)
+    return event.t.to(solution.t), y
 
 
 _ADAPTIVE_OPTIONS = {

@@ -25,9 +25,9 @@ from symplectic_adjoint.capture import detached, foreign_leaves
 from symplectic_adjoint.events import Root
 from symplectic_adjoint.field import Field
 from symplectic_adjoint.gradients._base import Record
-from symplectic_adjoint.gradients._function import Autocast, Tape, attach
+from symplectic_adjoint.gradients._function import Autocast, Tape, refuse, replayed
 from symplectic_adjoint.loop import Outputs, Stats
-from symplectic_adjoint.steppers._base import Saved, dot
+from symplectic_adjoint.steppers._base import Saved, scaled
 
 
 @dataclass
@@ -36,30 +36,69 @@ class Located:
 
     Attributes:
         root: The event, its time, and the slope of the dense output there.
-        field: Makes times and states that the event function receives.
+        field: Makes the times that the event function receives.
+        tape: The solve, to be replayed for derivatives of derivatives.
+        random: Whether ``func`` draws random numbers.
         autocast: Autocast state of the forward pass.
-        again: ``(tau, y) -> Y(tau)``, whose value is ``y``, for derivatives of derivatives.
     """
 
     root: Root
     field: Field
+    tape: Tape
+    random: bool
     autocast: Autocast
-    again: Callable[[Tensor, Tensor], Tensor]
 
-    def attach(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The event time, and the state there, from ``y``, the output there at constant time."""
+    def attach(self, y: Tensor, y0: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """The event time and the state there.
+
+        Args:
+            y: The output there at constant time, on the caller's graph.
+            y0: The initial state.
+            nodes: Step times (N + 1,), attached to ``t`` where they follow it.
+        """
         tau = torch.tensor(self.root.t, dtype=torch.float64)
         if not torch.is_grad_enabled():
             return tau, y
         self._explore(y.detach())
-        capture = self.root.event.capture
-        capture.freeze()
+        own = self.root.event.capture
+        own.freeze()
         apply: Callable[..., tuple[Tensor, Tensor]] = _Moved.apply
-        return apply(self, tau, y, *capture.tensors)
+        tau, y = apply(self, tau, y, y0, nodes, *self.tape.capture.tensors, *own.tensors)
+        return tau.clone(), y.clone()  # which the caller may change in place
 
     def height(self, tau: Tensor, y: Tensor) -> Tensor:
         """The component of the event function that changes its sign."""
         return self.root.event(self.field.time(tau), y)[self.root.component]
+
+    def moved(self, tau: Tensor, y: Tensor) -> Tensor:
+        """``Y(tau)`` from the output ``y`` at constant time, for first derivatives."""
+        return y + scaled(tau - self.root.t, self.root.slope)
+
+    def replayed(self, tau: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        """``Y(tau)`` with all its derivatives, by operations on (y0, nodes, *captured).
+
+        Raises:
+            SecondDerivativeError: The strategy is not exact, or random draws were not kept.
+        """
+        refuse(self.tape.strategy)
+        records = [Record(Saved((), record.saved.tokens)) for record in self.tape.records]
+        if self.random and not any(record.saved.tokens for record in records):
+            raise SecondDerivativeError(
+                f"func draws random numbers, which gradient={self.tape.strategy.name!r} has not "
+                "kept for a second derivative of the event; use gradient='symplectic' and let y0 "
+                "or a parameter of func require grad"
+            )
+        count = len(self.tape.outputs)
+        tape = replace(
+            self.tape,
+            outputs=[Outputs(1, 1, None)] * (count - 1) + [Outputs(1, 2, None)],
+            records=records or [Record(Saved(()))] * count,
+            stats=Stats(),
+        )
+        y0, nodes, *captured = inputs
+        times = torch.stack([nodes[0].detach(), tau])
+        y, _ = replayed(tape, [y0, nodes, times, *captured])
+        return y[1]
 
     def _explore(self, y: Tensor) -> None:
         """Find every tensor that the event function depends on.
@@ -96,74 +135,58 @@ class _Moved(torch.autograd.Function):
         located: Located = ctx.located
         again = torch.is_grad_enabled()
         # Views, so that an input that appears twice is told apart.
-        inputs = [x.view_as(x) if again else x.detach().requires_grad_() for x in ctx.saved_tensors]
-        tau, y, *tensors = inputs
-        capture = located.root.event.capture
-        with torch.enable_grad(), capture.substituted(tensors), located.autocast.restored():
-            height = located.height(tau, y)
-        h_t, h_y, *h = _derivatives(height, inputs, again)
-        along = _along(located, tau, y, again)
-        rate = along(h_y) if h_t is None else along(h_y) + h_t
-        _check(rate, located)
-        move = -(g_tau + along(g_y)) / rate
-        shares = [None if x is None else (move * x).to(x.dtype) for x in (h_y, *h)]
-        return None, None, g_y if shares[0] is None else g_y + shares[0], *shares[1:]
+        tau, y, *tensors = [
+            x.view_as(x) if again else x.detach().requires_grad_() for x in ctx.saved_tensors
+        ]
+        count = 2 + len(located.tape.capture.tensors)
+        sources, own = tensors[:count] if again else [y], tensors[count:]
+        with torch.enable_grad():
+            end = located.replayed(tau, sources) if again else located.moved(tau, y)
+            with located.root.event.capture.substituted(own), located.autocast.restored():
+                height = located.height(tau, end)
+        rate, *shares = _grads(height, [tau, *sources, *own], None, again)
+        along, *direct = _grads(end, [tau, *sources], g_y, again)
+        assert along is not None
+        move = -(g_tau + along) / _checked(rate, located)
+        total = [
+            _sum(a, None if b is None else (move * b).to(b.dtype))
+            for a, b in zip([*direct, *[None] * len(own)], shares, strict=True)
+        ]
+        if again:
+            return None, None, None, *total
+        return None, None, total[0], *[None] * count, *total[1:]
 
 
-def _derivatives(height: Tensor, inputs: Sequence[Tensor], again: bool) -> list[Tensor | None]:
-    if not height.requires_grad:
+def _grads(
+    output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor | None, again: bool
+) -> list[Tensor | None]:
+    """Cotangents of the inputs; None where there is no dependence."""
+    wanted = [x for x in inputs if x.requires_grad]
+    if not output.requires_grad:
         return [None] * len(inputs)
-    return [*torch.autograd.grad(height, inputs, create_graph=again, allow_unused=True)]
+    found = iter(
+        torch.autograd.grad(
+            output, wanted, cotangent, retain_graph=True, create_graph=again, allow_unused=True
+        )
+    )
+    return [next(found) if x.requires_grad else None for x in inputs]
 
 
-def _along(
-    located: Located, tau: Tensor, y: Tensor, again: bool
-) -> Callable[[Tensor | None], Tensor]:
-    """``v -> <v, Y'(tau)>``, on the graph where it is to be differentiated again."""
-    moved = located.again(tau, y.detach()) if again else y
-
-    def along(v: Tensor | None) -> Tensor:
-        if v is None:
-            return torch.zeros_like(tau)
-        if not again:
-            return dot(located.root.slope, v).to(tau)
-        return torch.autograd.grad(moved, tau, v, create_graph=True)[0]
-
-    return along
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
-def _check(rate: Tensor, located: Located) -> None:
-    value = float(rate.detach())
-    if value == 0.0 or not math.isfinite(value):
+def _checked(rate: Tensor | None, located: Located) -> Tensor:
+    """The slope of the event function along the solution, not zero.
+
+    Raises:
+        EventGradientError: It is zero or not finite.
+    """
+    value = 0.0 if rate is None else float(rate.detach())
+    if rate is None or value == 0.0 or not math.isfinite(value):
         raise EventGradientError(
             f"{located.root.event.name} changes its sign at t = {located.root.t:.17g} with slope "
             f"{value} along the solution, so that the time of the event has no derivative. Use a "
             "smooth function that crosses zero, or detach the time and the state of the event."
         )
-
-
-def replaying(
-    tape: Tape, y0: Tensor, nodes: Tensor, random: bool
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """``again`` of a recorded solve: its last step has the event for its only output."""
-
-    def again(tau: Tensor, y: Tensor) -> Tensor:
-        count = len(tape.outputs)
-        if not tape.strategy.exact or (random and not tape.records):
-            raise SecondDerivativeError(
-                f"gradient={tape.strategy.name!r} has not kept what a second derivative of an "
-                "event takes; use 'symplectic' or another exact strategy"
-            )
-        own = replace(
-            tape,
-            aliases=(),
-            outputs=[Outputs(1, 1, None)] * (count - 1) + [Outputs(1, 2, None)],
-            records=[Record(Saved((), record.saved.tokens)) for record in tape.records]
-            or [Record(Saved(())) for _ in range(count)],
-            end=(),
-            stats=Stats(),
-        )
-        times = torch.stack([nodes[0].detach(), tau])
-        return attach(own, torch.stack([y0.detach(), y]), y0, nodes, times)[1]
-
-    return again
+    return rate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from symplectic_adjoint.field import (
 )
 from symplectic_adjoint.gradients._base import Counts, Record, Strategy
 from symplectic_adjoint.gradients._dense import GraphDense, RecordedDense
-from symplectic_adjoint.gradients._event import Located, replaying
+from symplectic_adjoint.gradients._event import Located
 from symplectic_adjoint.gradients._function import Autocast, Tape, attach, replayed
 from symplectic_adjoint.gradients.backprop import Backprop
 from symplectic_adjoint.gradients.checkpoint import Checkpoint
@@ -174,11 +173,17 @@ def _backprop(job: Job) -> tuple[Solution, SolveError | None]:
     if job.wants_time:
         knots = dict(zip(nodes.tolist(), nodes.unbind(), strict=True))
     times = _output_times(job, job.problem.t if job.wants_time else job.problem.t.detach())
-    steps: collections.deque[Any] = collections.deque(
-        maxlen=None if job.keep_dense else min(len(job.events), 1)
-    )
+    steps: list[Any] = []
+    records: list[Record] = []
+    drawn = RandomState(field.device)
+
+    def keep(n: int, step: Any, outputs: Outputs) -> None:
+        if job.keep_dense:
+            steps.append(step)
+        if job.events:
+            records.append(Checkpoint().keep(job.stepper, n, step))
+
     with job.capture.substituted(job.capture.tensors):
-        keep = lambda n, step, outputs: steps.append(step)  # noqa: E731
         result, stats = _run(job, field, knots, times, keep, graph=True)
     dense = (
         GraphDense(job.problem, job.stepper, job.capture, field, steps) if job.keep_dense else None
@@ -186,14 +191,10 @@ def _backprop(job: Job) -> tuple[Solution, SolveError | None]:
     if result.y.requires_grad:
         counts = job.strategy.counts(job.stepper, SolveShape.of(result.outputs, stats.further))
         result.y.register_hook(functools.partial(_write_counts, stats, counts, field))
-
-    def again(tau: Tensor, y: Tensor) -> Tensor:
-        with job.capture.substituted(job.capture.tensors):
-            step = steps[-1]
-            theta = (tau - step.start.t) / (step.t1 - step.start.t)
-            return job.stepper.interpolate(field, step, theta.reshape(1))[0]
-
-    return _solution(job, field, result, stats, result.y, dense, again), result.error
+    tape = _tape(job, field, result, stats, records, ())
+    random = bool(job.events) and not drawn.same(RandomState(field.device))
+    y, crossing = _crossing(job, field, result, tape, result.y, random)
+    return _solution(job, result, stats, y, dense, crossing), result.error
 
 
 def _write_counts(stats: Stats, counts: Counts, field: Field, g: Tensor) -> None:
@@ -244,9 +245,8 @@ def _recorded(job: Job) -> tuple[Solution, SolveError | None]:
     if job.keep_dense:
         dense = RecordedDense(job.problem, tape, recorded.saved, nodes, wanted)
     y = recorded.attached() if wanted else result.y
-    again = replaying(tape, job.problem.y0, nodes, job.random)
-    field = recorded.field
-    return _solution(job, field, result, recorded.stats, y, dense, again), result.error
+    y, crossing = _crossing(job, recorded.field, result, tape, y, job.random)
+    return _solution(job, result, recorded.stats, y, dense, crossing), result.error
 
 
 def record(job: Job) -> Recorded:
@@ -384,28 +384,33 @@ def _wanted(job: Job, last: int) -> Callable[[int], bool]:
     return lambda n: n in (0, last)
 
 
+def _crossing(
+    job: Job, field: Field, result: Run, tape: Tape, y: Tensor, random: bool
+) -> tuple[Tensor, Crossing | None]:
+    """The outputs before the event, and the event, if there is one."""
+    root = result.event
+    if root is None:
+        return y, None
+    located = Located(root, field, tape, random, Autocast(field.device))
+    tau, end = located.attach(y[-1], job.problem.y0, job.nodes(result.nodes))
+    end = job.problem.spec.unflatten(end)
+    return y[:-1].clone(), Crossing(tau, end, root.event.index, root.component)
+
+
 def _solution(
     job: Job,
-    field: Field,
     result: Run,
     stats: Stats,
     y: Tensor,
     dense: Callable[[Tensor], Any] | None,
-    again: Callable[[Tensor, Tensor], Tensor],
+    event: Crossing | None,
 ) -> Solution:
-    spec, event = job.problem.spec, None
-    if result.event is not None:
-        # Two tensors of their own, so that the caller may change either in place.
-        located = Located(result.event, field, Autocast(field.device), again)
-        tau, end = located.attach(y[-1].clone())
-        y = y[:-1].clone()
-        event = Crossing(tau, spec.unflatten(end), result.event.event.index, result.event.component)
     return Solution(
         t=job.problem.t[: len(y)],
-        y=spec.unflatten(y),
+        y=job.problem.spec.unflatten(y),
         steps=torch.tensor(result.nodes, dtype=torch.float64),
         stats=stats,
-        event=event,
         status=Status.SUCCESS if event is None else Status.EVENT,
+        event=event,
         _dense=dense,
     )
