@@ -271,6 +271,23 @@ def test_any_sequence_stands_for_any_other(kind: Any) -> None:
     assert [x.shape for x in y] == [(2, 2), (2, 3)]
 
 
+@pytest.mark.parametrize(
+    ("func", "kind"),
+    [
+        (nn.Linear(2, 2), TypeError),
+        (lambda t, y: torch.cat([y, t], dim=-1), RuntimeError),
+        (lambda t, y: nn.Linear(2, 2)(y), RuntimeError),
+    ],
+    ids=["of the state alone", "for a time with an axis", "in another dtype"],
+)
+def test_an_error_of_func_comes_with_how_it_is_called(func: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind) as caught:
+        sa.odeint(func, torch.ones(3, 2, dtype=torch.float64), [0.0, 1.0])
+    (note,) = caught.value.__notes__
+    assert "t is a torch.float64 tensor without dimensions" in note
+    assert "sa.Autonomous(network)" in note
+
+
 def test_an_error_of_func_itself_passes_through() -> None:
     def func(t: Tensor, y: Tensor) -> Tensor:
         raise ZeroDivisionError("func's own")

@@ -153,6 +153,17 @@ def test_parameters_that_the_module_would_not_list_are_refused() -> None:
         sa.Autonomous(lambda y: net(y))
     with pytest.raises(sa.ArgumentError, match=r"func = 3 is neither a module nor a function"):
         sa.NeuralODE(3)  # type: ignore[arg-type]
+    with pytest.raises(sa.ArgumentError, match=r"func = <class .*Net'> is neither a module"):
+        sa.NeuralODE(problems.Net)
+
+
+def test_a_misspelt_name_is_found_when_the_module_is_made() -> None:
+    with pytest.raises(sa.UnknownNameError, match="unknown method 'rk45'; did you mean 'rk4'"):
+        layer(method="rk45")
+    with pytest.raises(sa.UnknownNameError, match="did you mean 'symplectic'"):
+        layer(gradient="simplectic")
+    with pytest.raises(sa.ArgumentError, match="alf"):
+        layer(method="rk4", gradient="mali")
 
 
 def test_a_network_of_the_state_alone_is_told_how_to_be_one_of_time() -> None:

@@ -148,8 +148,12 @@ class Field:
             x = x.detach().requires_grad_()
         try:
             k = self.func(t, x)
+        except TypeError as error:
+            error.add_note(self._manner())
+            raise
         except RuntimeError as error:
             if x.requires_grad or "does not require grad" not in str(error):
+                error.add_note(self._manner())
                 raise
             # func differentiates with respect to its argument and expects it to require grad.
             self.leafy = True
@@ -177,6 +181,13 @@ class Field:
 
     def _evaluate(self, stage: Stage) -> Tensor:
         raise NotImplementedError
+
+    def _manner(self) -> str:
+        """How ``func`` is called, for who has written one that fails at it."""
+        return (
+            f"func is called as func(t, y): t is a {self.time_dtype} tensor without dimensions, y "
+            f"is like y0, of dtype {self.dtype}. A network of y alone is sa.Autonomous(network)."
+        )
 
     def _coerced(self, k: Any) -> Tensor:
         if not isinstance(k, Tensor):

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from symplectic_adjoint import gradients
 from symplectic_adjoint._errors import ArgumentError
 from symplectic_adjoint._types import Func
-from symplectic_adjoint.api import solve
+from symplectic_adjoint.api import resolved_stepper, solve
 from symplectic_adjoint.capture import Capture
 from symplectic_adjoint.controllers import Controller
 from symplectic_adjoint.gradients import Strategy
@@ -72,6 +73,7 @@ class NeuralODE(nn.Module):
     Raises:
         ArgumentError: ``func`` is no function, or depends on parameters of a module that it is not,
             which this module could not list among its own.
+        UnknownNameError: ``method`` or ``gradient`` is unknown.
 
     Example:
         >>> import torch
@@ -99,6 +101,8 @@ class NeuralODE(nn.Module):
     ) -> None:
         super().__init__()
         _check_owned("func", func)
+        strategy = gradients.get(gradient)
+        strategy.check(resolved_stepper(method, strategy))
         self.func = func
         self.t = t
         self.options = {
@@ -172,7 +176,7 @@ def _check_owned(name: str, func: Any) -> None:
     """A function's parameters would be found by a solve, but by no optimiser."""
     if isinstance(func, nn.Module):
         return
-    if not callable(func):
+    if not callable(func) or isinstance(func, type):
         raise ArgumentError(f"{name} = {func!r} is neither a module nor a function")
     capture = Capture(func)
     for path, x in zip(capture.names, capture.tensors, strict=True):
