@@ -342,8 +342,7 @@ class Shifted(nn.Module):
         self.shift = shift
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        y = self.net(t, self.shift(y))
-        return y
+        return self.net(t, self.shift(y))
 
 
 # What func keeps from evaluation to evaluation -------------------------------------------------

@@ -22,9 +22,10 @@ def parameters(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
     from torch.distributed.tensor import DTensor
 
     for part in module.modules():
-        for key, parameter in part._parameters.items():
+        held: Any = part._parameters
+        for key, parameter in held.items():
             if isinstance(parameter, DTensor):
-                yield part._parameters, key, parameter
+                yield held, key, parameter
 
 
 def hooks(module: Any) -> Iterator[tuple[Any, int]]:
