@@ -140,7 +140,7 @@ def solve(
     task = job(flat, t, capture)
     error: SolveError | None
     solution, error = execute(task)
-    endless = bool(events) and math.isinf(as_times(t)[-1])
+    endless = bool(events) and math.isinf(float(as_times(t).detach()[-1]))
     if endless and solution.event is None and isinstance(error, StepLimitError | None):
         error = _not_found(solution)
     solution.t = (t if isinstance(t, Tensor) else task.problem.t)[: len(solution.t)]
