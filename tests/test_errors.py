@@ -539,8 +539,17 @@ def test_every_error_is_of_the_library_and_says_more_than_its_type() -> None:
     kinds = (sa.ArgumentError, sa.FieldOutputError, sa.CaptureError, sa.SolveError)
     assert all(issubclass(kind, sa.SymplecticAdjointError) for kind in kinds)
     assert issubclass(sa.UnknownNameError, sa.ArgumentError)
-    failures = (sa.NonFiniteError, sa.StepUnderflowError, sa.StepLimitError)
-    assert {kind.status for kind in failures} == set(sa.Status) - {sa.Status.SUCCESS}
+    failures = (
+        sa.NonFiniteError,
+        sa.StepUnderflowError,
+        sa.StepLimitError,
+        sa.EventNotFoundError,
+        sa.NonlinearSolveError,
+    )
+    assert {kind.status for kind in failures} == set(sa.Status) - {
+        sa.Status.SUCCESS,
+        sa.Status.EVENT,
+    }
 
 
 def test_a_solve_that_succeeds_says_so() -> None:
