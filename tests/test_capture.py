@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 import symplectic_adjoint as sa
 from symplectic_adjoint import steppers
+from symplectic_adjoint.capture import Capture
 from symplectic_adjoint.gradients import Strategy
 from tests import problems
 from tests.conformance import reference
@@ -1219,3 +1220,43 @@ def test_normalised_weights_are_one_per_solve_and_get_their_gradients(
 
 def _grid(strategy: Strategy) -> sa.FixedGrid:
     return sa.FixedGrid() if strategy.exact else sa.FixedGrid(step_size=0.1)
+
+
+WEIGHT = torch.tensor([0.5], requires_grad=True)
+
+
+def _weighted(t: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    return weight * y
+
+
+def _by_keyword(t: Tensor, y: Tensor, *, weight: Tensor = WEIGHT) -> Tensor:
+    return weight * y
+
+
+def _by_default(t: Tensor, y: Tensor, weight: Tensor = WEIGHT) -> Tensor:
+    return weight * y
+
+
+class _Owner:
+    def __init__(self) -> None:
+        self.weight = WEIGHT
+
+    def field(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.weight * y
+
+
+@pytest.mark.parametrize(
+    ("func", "name"),
+    [
+        (_by_keyword, "func.weight"),
+        (_by_default, "func[0]"),
+        (functools.partial(_weighted, weight=WEIGHT), "func.weight"),
+        (functools.partial(lambda weight, t, y: weight * y, WEIGHT), "func[0]"),
+        (_Owner().field, "func.weight"),
+    ],
+    ids=["keyword", "default", "partial-keyword", "partial-argument", "bound"],
+)
+def test_a_tensor_is_named_by_where_it_sits_before_its_use_reveals_it(func: Any, name: str) -> None:
+    capture = Capture(func)
+    assert capture.names == [name]
+    assert capture.tensors[0] is WEIGHT

@@ -889,3 +889,23 @@ def test_gradients_are_those_of_plain_autograd_on_every_device(
     torch.manual_seed(3)
     wanted = gradients(backprop(module, y0, strategy, t), tensors)
     assert_close(got, wanted)
+
+
+def test_replays_and_dense_outputs_are_computed_under_the_autocast_state_of_the_solve() -> None:
+    net, seen = problems.Net(dtype=torch.float32), []
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return net(t, y)  # type: ignore[no-any-return]
+
+    y0 = torch.randn(4, 3, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sol = sa.solve(func, y0, [0.0, 0.4, 1.0], rtol=1e-2, atol=1e-2, dense=True)
+    seen.clear()
+    assert problems.relative_error(sol.dense(0.4), sol.y[1]) < 1e-6
+    assert seen
+    assert all(seen)
+    seen.clear()
+    torch.autograd.grad(problems.loss(sol.y), net.inner, create_graph=True)
+    assert seen
+    assert all(seen)

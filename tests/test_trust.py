@@ -297,13 +297,13 @@ def closure(dtype: torch.dtype) -> tuple[Callable[..., Tensor], list[Tensor]]:
     def tensor(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
 
-    weight, shift = tensor(3, 3).requires_grad_(), [tensor(3)]
+    weight, mix = tensor(3, 3).requires_grad_(), [tensor(3, 3)]
     layer = nn.Linear(3, 3, dtype=dtype)
 
     def func(t: Tensor, y: Tensor) -> Tensor:
-        return torch.tanh(layer(y) @ weight + shift[0])
+        return torch.tanh(layer(y) @ weight @ mix[0])
 
-    return func, [weight, shift[0], layer.weight, layer.bias]
+    return func, [weight, mix[0], layer.weight, layer.bias]
 
 
 def test_a_closure_is_checked_in_float64_and_left_as_it_was() -> None:
