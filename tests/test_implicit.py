@@ -462,8 +462,8 @@ def test_transforms_of_torch_func_agree_on_hessians() -> None:
         y = sa.solve(
             lambda t, y: torch.sin(p[0] * y * y.roll(1)) - p[1] * y * t,
             torch.tensor([0.5, -0.8], dtype=torch.float64),
-            [0.0, 0.5, 1.0],
-            method="radauIIA3",
+            [0.0, 0.5],
+            method="implicit_midpoint",
             controller=sa.FixedGrid(),
         ).y
         return y[-1].square().sum()
@@ -475,10 +475,10 @@ def test_transforms_of_torch_func_agree_on_hessians() -> None:
     for transform in (jacfwd(jacrev(final)), jacrev(jacfwd(final)), jacfwd(jacfwd(final))):
         assert problems.relative_error(transform(p), wanted) < 1e-12
     third = jacrev(jacrev(jacrev(final)))(p)
-    direction, h = torch.tensor([0.6, -0.8], dtype=torch.float64), 1e-3
-    moved = [jacrev(jacrev(final))(p + k * h * direction) for k in (-2, -1, 1, 2)]
-    difference = (moved[0] - 8 * moved[1] + 8 * moved[2] - moved[3]) / (12 * h)
-    assert problems.relative_error(third @ direction, difference) < 1e-8
+    direction, h = torch.tensor([0.6, -0.8], dtype=torch.float64), 1e-4
+    moved = [jacrev(jacrev(final))(p + k * h * direction) for k in (-1, 1)]
+    difference = (moved[1] - moved[0]) / (2 * h)
+    assert problems.relative_error(third @ direction, difference) < 1e-7
 
 
 def test_a_derivative_of_too_high_an_order_raises() -> None:
