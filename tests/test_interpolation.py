@@ -147,6 +147,20 @@ def test_vmap_and_forward_mode_go_through_an_evaluation(make: Make) -> None:
     torch.testing.assert_close(slope, path.derivative(at), rtol=1e-13, atol=1e-13)
 
 
+@kinds
+def test_a_path_may_be_made_and_solved_with_under_vmap(make: Make) -> None:
+    t, x = irregular(5, 3)
+    times = t * torch.tensor([[1.0], [1.1], [0.9]], dtype=torch.float64)
+
+    def end(t: Tensor, x: Tensor) -> Any:
+        path = make(t, x)
+        y0 = torch.zeros(3, dtype=torch.float64)
+        return sa.odeint(lambda s, y: path(s) - y, y0, [0.0, 1.0], rtol=1e-3, atol=1e-3)[-1]
+
+    one_by_one = torch.stack([end(*pair) for pair in zip(times, x, strict=True)])
+    assert problems.relative_error(torch.vmap(end)(times, x), one_by_one) <= 1e-14
+
+
 class Held(nn.Module):
     """A controlled equation: ``dz = tanh(z W) dX + X(t)``, with the path as an argument or within.
 
@@ -317,5 +331,7 @@ def test_unusable_data_are_refused() -> None:
             make(times, data)
     with pytest.raises(sa.ArgumentError, match=r"the series \(1, 2\) of x has no observation"):
         sa.fill_missing(t, torch.where(x == x[1:, :, 2:], math.nan, x))
+    with pytest.raises(sa.ArgumentError, match=r"x\[1, 2, 0\] = nan"):
+        torch.vmap(lambda x: make(t, x)(0.0))(torch.where(x == x[1, 2, 0], math.nan, x))
     with pytest.raises(sa.UnknownNameError, match="did you mean 'linear'"):
         sa.fill_missing(t, x, "liner")  # type: ignore[arg-type]

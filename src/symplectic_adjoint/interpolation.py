@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from symplectic_adjoint._errors import ArgumentError, UnknownNameError
+from symplectic_adjoint.capture import wrapped
 
 Filling = Literal["linear", "forward"]
 
@@ -206,8 +207,9 @@ def fill_missing(t: Any, x: Tensor, how: Filling = "linear") -> Tensor:
         raise UnknownNameError("filling", how, get_args(Filling))
     t, series = _shaped(t, x)
     seen = ~series.isnan()
-    if not bool(seen.any(0).all()):
-        where = tuple((~seen.any(0)).nonzero()[0].tolist())
+    begun = _plain(seen.any(0))
+    if not bool(begun.all()):
+        where = tuple((~begun).nonzero()[0].tolist())
         raise ArgumentError(
             f"the series {where} of x has no observation; drop it or fill it before the others"
         )
@@ -233,7 +235,8 @@ def _shaped(t: Any, x: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(t, Tensor) or not t.is_floating_point():
         t = torch.as_tensor(t, dtype=x.dtype.to_real())
     t = t.to(x.device)
-    if t.ndim != 1 or len(t) < 2 or not bool((t.diff() > 0).all()) or not bool(t.isfinite().all()):
+    values = _plain(t.detach())
+    if t.ndim != 1 or len(t) < 2 or not bool(values.isfinite().all() & (values.diff() > 0).all()):
         raise ArgumentError(
             f"t must be 1-D with at least two finite, strictly increasing times, but is {t}"
         )
@@ -247,16 +250,23 @@ def _shaped(t: Any, x: Any) -> tuple[Tensor, Tensor]:
 
 def _checked(t: Any, x: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Times (T,), the gaps between them, broadcasting against the data, and the data, T first."""
-    t, x = _shaped(t, x)
-    bad = (~x.detach().isfinite()).nonzero()
+    t, series = _shaped(t, x)
+    values = _plain(x.detach())
+    bad = (~values.isfinite()).nonzero()
     if len(bad):
-        k, *batch, channel = bad[0].tolist()
+        where = tuple(bad[0].tolist())
         raise ArgumentError(
-            f"x[{', '.join(map(str, [*batch, k, channel]))}] = "
-            f"{x.detach()[tuple(bad[0])].item()} is not finite; replace missing values first, "
-            "e.g. by fill_missing(t, x)"
+            f"x[{', '.join(map(str, where))}] = {values[where].item()} is not finite; replace "
+            "missing values first, e.g. by fill_missing(t, x)"
         )
-    return t, t.diff().to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)), x
+    return t, t.diff().to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)), series
+
+
+def _plain(x: Tensor) -> Tensor:
+    """The values behind the transforms of ``torch.func``, those of a whole batch of ``vmap``."""
+    while wrapped(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def _horner(coefficients: Sequence[Tensor], place: Tensor) -> Tensor:
