@@ -121,14 +121,12 @@ def test_autocast_leaves_the_state_and_the_adjoint_in_single_precision(
     rounding = torch.finfo(dtype).eps
     assert problems.relative_error(y, plain.y) <= rounding
     assert 0 < problems.worst(got, single)[0] <= 2 * rounding
-    if strategy.exact:
+    if strategy.name == "symplectic":
         # Plain autograd of the same low-precision evaluations, each of which casts the weights
-        # anew, so that their gradients are summed in single precision.
+        # anew, so that their gradients are summed in single precision, too.
         with torch.autocast("cpu", dtype=dtype, cache_enabled=False):
-            y = solve(func, x, "backprop", method=strategy.method or "midpoint").y
-        assert problems.worst(got, backward(y, tensors))[0] <= (
-            1e-5 if strategy.name != "mali" else rounding
-        )
+            y = solve(func, x, "backprop").y
+        assert problems.worst(got, backward(y, tensors))[0] <= 1e-6
 
 
 @every_strategy
@@ -142,10 +140,15 @@ def test_a_gradient_scaler_scales_and_skips(strategy: Strategy) -> None:
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     for p, g in zip(net.parameters(), wanted, strict=True):
-        assert problems.relative_error(p.grad, g) <= 1e-6
+        assert problems.relative_error(p.grad, g) <= 1e-5
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**10
     before = net.weight.detach().clone()
-    assert net.weight.grad is not None
-    net.weight.grad[0, 0] = torch.inf
+    optimizer.zero_grad()
+    net.weight.register_hook(lambda g: g / 0.0)
+    loss = problems.loss(solve(lambda t, y: torch.tanh(net(y)), x, strategy).y)
+    scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
     assert torch.equal(net.weight, before)
@@ -181,7 +184,7 @@ def test_double_precision_times_of_a_single_precision_state_keep_theirs(strategy
     net64, x64 = copy.deepcopy(net).double(), x.detach().double()
     y64 = sa.solve(net64, x64, t64, gradient="backprop", method=strategy.method or "rk4_classic").y
     assert y.dtype == torch.float32
-    assert problems.relative_error(y, y64) <= 1e-6
+    assert problems.relative_error(y, y64) <= 1e-5
     (got,) = torch.autograd.grad(problems.loss(y), t)
     (wanted,) = torch.autograd.grad(problems.loss(y64), t64)
     assert got.dtype == torch.float64
@@ -200,7 +203,7 @@ def test_complex_gradients_are_those_of_plain_autograd(
     """A field that is not holomorphic, with real and with complex parameters, and with times."""
 
     def leaf(*shape: int, dtype: torch.dtype = torch.complex128) -> Tensor:
-        return (0.5 * torch.randn(*shape, dtype=dtype)).requires_grad_()
+        return (0.5 * torch.randn(shape, dtype=dtype)).requires_grad_()
 
     y0, c, w = leaf(*shape), leaf(), leaf(dtype=torch.float64)
     t = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64, requires_grad=True)
@@ -257,7 +260,7 @@ def test_hooks_of_modules_fire_at_every_evaluation_and_every_product(strategy: S
     }
 
 
-@every_exact_strategy
+@pytest.mark.parametrize("strategy", [s for s in EXACT if s.name != "forward"], ids=label)
 def test_hooks_of_modules_may_change_what_passes(strategy: Strategy) -> None:
     net = nn.Sequential(nn.Linear(3, 3, dtype=torch.float64), nn.Tanh())
     layer: Any = net[0]
@@ -390,6 +393,9 @@ def test_batch_normalisation_has_the_gradient_of_plain_autograd(strategy: Strate
     tensors = {"x": x, **named(net)}
     y = solve(net, x, "backprop", method=strategy.method or "midpoint").y
     wanted = backward(y, tensors)
+    # The normalisation takes the shift before it out again.
+    assert problems.size(wanted["layer.bias"]) <= 1e-14
+    del tensors["layer.bias"], wanted["layer.bias"]
     first, second = solve(net, x, strategy), solve(net, x.detach() * 2, strategy)
     assert problems.worst(backward(first.y, tensors), wanted)[0] <= BOUND
     del tensors["x"]

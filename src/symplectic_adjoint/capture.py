@@ -251,11 +251,12 @@ class Capture:
             _Swaps(rebound=True) as swaps,
             contextlib.ExitStack() as undo,
         ):
+            changed = [x for x, version in self._versions if x._version != version]
+            kept = {id(x) for x in changed}
             for held in self._buffers:
                 for key, buffer in held.items():
-                    if buffer is not None and not buffer.requires_grad:
+                    if buffer is not None and not buffer.requires_grad and id(buffer) not in kept:
                         swaps.put(_Slot(held, key), buffer.clone())
-            changed = [x for x, version in self._versions if x._version != version]
             if changed:
                 undo.enter_context(_Changed(changed))
             yield
