@@ -284,8 +284,10 @@ def test_stages_are_recomputed_under_the_autocast_state_of_the_forward_pass(
     wanted_y, wanted = found(backprop)
     if strategy.method is None:
         assert torch.equal(y, wanted_y)
-    # With its cache, plain autograd sums the parameters' parts in bfloat16, and we in float32.
-    assert_close(got, wanted, 2e-2 if cache else 1e-6)
+    # With its cache, plain autograd sums the parameters' parts in bfloat16, and we in float32;
+    # tangents round in bfloat16 as they go forwards, cotangents as they go backwards.
+    rough = cache or strategy.name == "forward"
+    assert_close(got, wanted, 2e-2 if rough else 1e-6)
     plain = gradients(solve(func, y0, strategy), {"y0": y0, **named(module)})
     assert problems.worst(got, plain)[0] > 1e-4  # bfloat16 was really used
 

@@ -455,8 +455,12 @@ def test_a_function_that_differentiates_inside_itself() -> None:
             (slope,) = torch.autograd.grad(module(y).sum(), y, create_graph=True)
         return slope.flip(-1)
 
+    def expecting(t: Tensor, y: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(module(y).sum(), y, create_graph=True)
+        return slope.flip(-1)
+
     results = []
-    for func in (functional, plain):
+    for func in (functional, plain, expecting):
         run = lambda x, func=func: sa.odeint(func, x, [0.0, 1.0], method="rk4")[-1].sin().sum()  # noqa: E731
         results += [vmap(hessian(run))(BATCH), vmap(jacrev(jacrev(run)))(BATCH)]
     wanted = looped(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from symplectic_adjoint._errors import FieldOutputError
 from symplectic_adjoint._types import FlatFunc, Time
@@ -145,7 +146,7 @@ class Field:
         """
         self.evaluations += 1
         if self.leafy and not x.requires_grad:
-            x = x.detach().requires_grad_()
+            x = x.view_as(x).requires_grad_()  # detach() would drop a tangent
         try:
             k = self.func(t, x)
         except TypeError as error:
@@ -158,7 +159,7 @@ class Field:
             # func differentiates with respect to its argument and expects it to require grad.
             self.leafy = True
             self.evaluations += 1
-            k = self.func(t, x.detach().requires_grad_())
+            k = self.func(t, x.view_as(x).requires_grad_())
         if (
             type(k) is Tensor
             and k.shape == self.shape
@@ -222,6 +223,18 @@ class GraphField(Field):
         # A view, since detach() would drop the tangents of forward mode.
         x = stage.x if stage.x.requires_grad else stage.x.view_as(stage.x)
         return self.call(self.time(stage.t), x)
+
+
+class TangentField(GraphField):
+    """The field where tangents alone are wanted: no graph is kept, whatever ``f`` does inside."""
+
+    def _evaluate(self, stage: Stage) -> Tensor:
+        k = super()._evaluate(stage)
+        if not k.requires_grad:
+            return k
+        primal, tangent = forward_ad.unpack_dual(k)
+        primal = primal.detach()
+        return primal if tangent is None else forward_ad.make_dual(primal, tangent.detach())
 
 
 class DetachedField(Field):

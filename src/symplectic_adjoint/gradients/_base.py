@@ -57,6 +57,7 @@ class Sweep:
         g: Cotangents of the outputs.
         reversal: Shared by the transposes; says which step times need a cotangent.
         out_times: Accumulates the cotangents of output times, float64; None where not needed.
+        wants_state: Whether the gradient of ``y0`` is wanted.
         replay: From (y0, step times, output times, *captured), the outputs once more by operations
             on the frozen grid, and how many evaluations they took.
         memo: What the strategy remembers from one backward pass to the next.
@@ -78,6 +79,7 @@ class Sweep:
     out_times: Tensor | None
     setting: Any
     controller: Any
+    wants_state: bool
     replay: Callable[[Sequence[Tensor]], tuple[Tensor, Field]]
     memo: dict[str, Any]
     own: Stats = dataclasses.field(default_factory=Stats)

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from symplectic_adjoint._compile import uncompiled
 from symplectic_adjoint._types import as_float
-from symplectic_adjoint.capture import Capture, detached
+from symplectic_adjoint.capture import Capture, detached, varies
 from symplectic_adjoint.field import DetachedField, Field
 from symplectic_adjoint.gradients._base import Record
 from symplectic_adjoint.gradients._function import Tape, attach
@@ -95,7 +96,8 @@ class RecordedDense(Dense):
         outputs = [Outputs(a + 1, b + 1, None) for a, b, _ in self.bins(times)]
         times = torch.cat([self.step_times[:1], times])
         y = self._values(outputs, times.detach())
-        if self.wants_grad and torch.is_grad_enabled():
+        asked = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        if asked and (self.wants_grad or varies(times)):
             y = attach(self._tape(outputs), y, self.problem.y0, self.step_times, times)
         return y[1:]
 

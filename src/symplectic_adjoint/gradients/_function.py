@@ -14,9 +14,9 @@ from torch import Tensor
 
 from symplectic_adjoint._errors import SecondDerivativeError
 from symplectic_adjoint._types import FlatFunc, Time
-from symplectic_adjoint.capture import Capture, detached, transformed, varies
+from symplectic_adjoint.capture import Capture, detached, has_tangent, transformed, varies
 from symplectic_adjoint.controllers import Controller, Setting
-from symplectic_adjoint.field import DetachedField, Field, GraphField
+from symplectic_adjoint.field import DetachedField, Field, GraphField, TangentField
 from symplectic_adjoint.gradients._base import Record, Strategy, Sweep, replay
 from symplectic_adjoint.gradients._derived import Pull, Push, Shelf, Value, derived, tangents_like
 from symplectic_adjoint.loop import Outputs, Stats
@@ -156,7 +156,8 @@ class _Solve(torch.autograd.Function):
         y, kept = rest[: ctx.outputs], rest[ctx.outputs :]
         needs = tuple(ctx.needs_input_grad[2:])
         recording = _Recording(ctx.tape, inputs, y, kept)
-        if transformed():  # the cotangents are a batch
+        # Cotangents in a batch, or with tangents: a rule for either is needed.
+        if transformed() or any(map(has_tangent, (*inputs, g))):
             grads = iter(derived(Pull(Value(), needs), Shelf(recording), _FIRST, [*inputs, g]))
             return (None, None, *(next(grads) if need else None for need in needs))
         if torch.is_grad_enabled():
@@ -243,6 +244,7 @@ def _reversed(
             out_times=_zeros(len(times), y0) if needs[2] else None,
             setting=tape.setting,
             controller=tape.controller,
+            wants_state=needs[0],
             replay=functools.partial(replayed, tape),
             memo=tape.memo,
         )
@@ -263,7 +265,8 @@ def replayed(tape: Tape, inputs: Sequence[Tensor]) -> tuple[Tensor, Field]:
     """
     y0, nodes, times, *captured = inputs
     with tape.capture.resumed(captured), tape.autocast.restored():
-        field = GraphField(tape.func, y0)
+        graph = any(x.requires_grad for x in inputs)
+        field = GraphField(tape.func, y0) if graph else TangentField(tape.func, y0)
         field.corrections = 3  # a second derivative may be three derivatives of the replay
         field.leafy = tape.leafy
         tokens = [record.saved.tokens for record in tape.records]

@@ -76,18 +76,19 @@ class Forward(Strategy):
         if not sweep.memo:
             sweep.memo["columns"], sweep.memo["moved"] = self._jacobian(sweep)
         columns, moved = sweep.memo["columns"], sweep.memo["moved"]
-        g = sweep.g
-        parts = iter((columns.flatten(1).conj() @ g.flatten()).real.split(_sizes(sweep)))
-        used = iter(x.any() for x in columns.split(_sizes(sweep)))
-        lam = _assembled(next(parts), sweep.y0)
-        next(used)
-        for alias in sweep.field.aliases:
+        g, sizes = sweep.g, _sizes(sweep)
+        products = (columns.reshape(len(columns), -1).conj() @ g.flatten()).real
+        parts = iter(products.split(sizes))
+        used = [not x.numel() or bool(x.any()) for x in columns.split(sizes)]
+        state = next(parts)
+        lam = _assembled(state, sweep.y0) if sweep.wants_state else torch.zeros_like(sweep.y0)
+        for alias, reached in zip(sweep.field.aliases, used[1:], strict=False):
             part = _assembled(next(parts), alias)
-            alias.grad = part if bool(next(used)) else None
+            alias.grad = part if reached else None
         if sweep.reversal.times is not None:
             sweep.reversal.times.values[_wanted(sweep)] += next(parts)
         if sweep.out_times is not None:
-            sweep.out_times += (moved.conj() * g).real.flatten(1).sum(1)
+            sweep.out_times += (moved.conj() * g).real.reshape(len(g), -1).sum(1)
         return lam
 
     def counts(self, stepper: Stepper, shape: SolveShape) -> Counts:
@@ -102,7 +103,7 @@ class Forward(Strategy):
         columns = []
         while chunk := list(itertools.islice(directions, self.chunk)):
             columns.append(self._pushed(sweep, xs, chunk))
-        found = torch.cat(columns)
+        found = torch.cat(columns) if columns else sweep.g.new_zeros(0, *sweep.g.shape)
         if sweep.out_times is None:
             return found, found[:0]
         return found[:-1], found[-1]
@@ -151,7 +152,7 @@ class Direction(NamedTuple):
 
 def _directions(sweep: Sweep, xs: Sequence[Tensor]) -> Iterator[Direction]:
     """Along y0, along captured tensors, along step times, and along all output times at once."""
-    for i in (0, *range(3, len(xs))):
+    for i in (*range(sweep.wants_state), *range(3, len(xs))):
         yield from (Direction(i, tangent) for tangent in _units(xs[i]))
     for n in _wanted(sweep):
         yield Direction(1, torch.zeros_like(xs[1]).index_fill_(0, torch.tensor(n), 1.0))
@@ -182,7 +183,8 @@ def _size(x: Tensor) -> int:
 
 def _sizes(sweep: Sweep) -> list[int]:
     """How many columns belong to y0, to each captured tensor, and to the step times."""
-    return [_size(sweep.y0), *map(_size, sweep.field.aliases), len(_wanted(sweep))]
+    state = _size(sweep.y0) if sweep.wants_state else 0
+    return [state, *map(_size, sweep.field.aliases), len(_wanted(sweep))]
 
 
 def _wanted(sweep: Sweep) -> list[int]:
