@@ -232,12 +232,10 @@ class TangentField(GraphField):
         k = super()._evaluate(stage)
         if not k.requires_grad:
             return k
-        primal, tangent = forward_ad.unpack_dual(k)
-        primal = primal.detach()
-        if tangent is None:
-            return primal
-        dual: Tensor = forward_ad.make_dual(primal, tangent.detach())
-        return dual
+        parts = forward_ad.unpack_dual(k)
+        primal: Tensor = parts.primal.detach()
+        tangent = parts.tangent
+        return primal if tangent is None else forward_ad.make_dual(primal, tangent.detach())
 
 
 class DetachedField(Field):
