@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Any
 
@@ -203,16 +202,6 @@ def test_bad_data_is_refused_in_words(changes: dict[str, Any], message: str) -> 
 # --- the methods at work -------------------------------------------------------------
 
 
-def test_the_global_error_shrinks_with_the_order(tableau: Tableau) -> None:
-    """On y' = -2 t y^2, y = 1 / (1 + t^2), in 30 digits, so that rounding hides no order."""
-    floor = 1e-15 if tableau.name in ROUNDED else 0.0
-    with localcontext() as context:
-        context.prec = 30
-        errors = [integration_error(tableau, 2**k) for k in range(5, 11)]
-    coarse, fine = [error for error in errors if error > floor][-2:]
-    assert math.log2(coarse / fine) == pytest.approx(tableau.order, abs=0.2)
-
-
 def test_the_error_inside_a_step_shrinks_with_the_order_of_the_interpolant(
     tableau: Tableau,
 ) -> None:
@@ -359,28 +348,3 @@ def dense_error(tableau: Tableau, h: float) -> float:
         for k in range(1, 17)
     ]
     return max(map(abs, errors))
-
-
-def integration_error(tableau: Tableau, steps: int) -> Decimal:
-    """Greatest error at the nodes over 0 <= t <= 4, in the decimal context at hand."""
-    a, b, c = (decimals(x) for x in tableau.butcher())
-    h = Decimal(4) / steps
-    y = Decimal(1)
-    worst = Decimal(0)
-    for step in range(steps):
-        stages: list[Decimal] = []
-        for row, abscissa in zip(a, c, strict=True):
-            time = h * (step + abscissa)
-            value = y + h * dot(row, stages) if stages else y
-            stages.append(-2 * time * value * value)
-        y += h * dot(b, stages)
-        end = h * (step + 1)
-        worst = max(worst, abs(y - 1 / (1 + end * end)))
-    return worst
-
-
-def decimals(numbers: Any) -> Any:
-    if isinstance(numbers, tuple):
-        return tuple(decimals(x) for x in numbers)
-    exact = Fraction(numbers)
-    return Decimal(exact.numerator) / exact.denominator

@@ -47,7 +47,7 @@ from symplectic_adjoint.interpolation import Interpolation, fill_missing
 from symplectic_adjoint.loop import Stats
 from symplectic_adjoint.models import Autonomous, NeuralODE
 from symplectic_adjoint.solution import Solution
-from symplectic_adjoint.steppers import ALF, ExplicitAdams, ExplicitRK, ImplicitAdams
+from symplectic_adjoint.steppers import ALF, ExplicitAdams, ExplicitRK, ImplicitAdams, ScipySolver
 
 __all__ = [
     "ACA",
@@ -76,6 +76,7 @@ __all__ = [
     "Interpolation",
     "NeuralODE",
     "NonFiniteError",
+    "ScipySolver",
     "SecondDerivativeError",
     "SensitivityControl",
     "Solution",

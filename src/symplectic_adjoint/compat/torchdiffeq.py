@@ -13,11 +13,11 @@ from symplectic_adjoint import gradients
 from symplectic_adjoint._compile import uncompiled
 from symplectic_adjoint._errors import UnknownNameError
 from symplectic_adjoint._types import Func
-from symplectic_adjoint.api import resolved_stepper, solve
+from symplectic_adjoint.api import default_gradient, resolved_stepper, solve
 from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid
 from symplectic_adjoint.dense import linear
 from symplectic_adjoint.gradients import Strategy
-from symplectic_adjoint.steppers import ExplicitRK, Stepper, options_of
+from symplectic_adjoint.steppers import ExplicitRK, ScipySolver, Stepper, options_of
 
 
 @uncompiled
@@ -30,7 +30,7 @@ def odeint(
     atol: float | Tensor = 1e-9,
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
-    gradient: str | Strategy = "symplectic",
+    gradient: str | Strategy | None = None,
     params: Sequence[Tensor] | None = None,
 ) -> Any:
     """Solve an initial value problem with torchdiffeq's signature.
@@ -45,8 +45,10 @@ def odeint(
         options: For methods with an error estimate ``first_step``, ``safety``, ``ifactor``,
             ``dfactor``, ``max_num_steps``, ``min_step``, ``max_step``, ``norm``; for the others
             ``step_size``, ``grid_constructor`` and ``interp`` ("linear" or "cubic"); for Adams
-            methods also ``max_order`` and, for the implicit one, ``max_iters``.
-        gradient: A strategy or its name.
+            methods also ``max_order`` and, for the implicit one, ``max_iters``; for scipy_solver
+            ``solver``, ``min_step`` and ``max_step``.
+        gradient: A strategy or its name; "symplectic" by default, and "continuous" with
+            scipy_solver, whose steps have no exact gradient.
         params: When given, gradients go to ``y0``, ``t`` and these tensors only.
 
     Returns:
@@ -62,6 +64,8 @@ def odeint(
         >>> y.shape
         torch.Size([5, 3])
     """
+    if gradient is None:
+        gradient = default_gradient(method)
     stepper = resolved_stepper(method, gradients.get(gradient))
     stepper, controller = _from_options(stepper, options or {})
     return solve(
@@ -191,7 +195,11 @@ _ADAPTIVE_OPTIONS = {
 _FIXED_OPTIONS = ("step_size", "grid_constructor", "interp")
 
 
-def _from_options(stepper: Stepper, options: Mapping[str, Any]) -> tuple[Stepper, Controller]:
+def _from_options(
+    stepper: Stepper, options: Mapping[str, Any]
+) -> tuple[Stepper, Controller | None]:
+    if isinstance(stepper, ScipySolver):
+        return _scipy_from_options(stepper, options), None
     adaptive = stepper.error_order is not None
     own = options_of(stepper)
     valid = (*(_ADAPTIVE_OPTIONS if adaptive else _FIXED_OPTIONS), *own)
@@ -210,3 +218,11 @@ def _from_options(stepper: Stepper, options: Mapping[str, Any]) -> tuple[Stepper
         given = {k: v for k, v in options.items() if k in own}
         stepper = dataclasses.replace(stepper, **given, interp=interp)  # type: ignore[type-var]
     return stepper, FixedGrid(**grid)
+
+
+def _scipy_from_options(stepper: ScipySolver, options: Mapping[str, Any]) -> ScipySolver:
+    valid = options_of(stepper)
+    for name in options:
+        if name not in valid:
+            raise UnknownNameError(f"option of method {stepper.name!r}", name, valid)
+    return dataclasses.replace(stepper, **options)

@@ -12,8 +12,20 @@ from symplectic_adjoint.steppers._base import Stepper
 from symplectic_adjoint.steppers.alf import ALF
 from symplectic_adjoint.steppers.explicit_rk import ExplicitRK
 from symplectic_adjoint.steppers.multistep import ExplicitAdams, ImplicitAdams
+from symplectic_adjoint.steppers.scipy_solver import ScipySolver
 
-__all__ = ["ALF", "ExplicitAdams", "ExplicitRK", "ImplicitAdams", "Stepper", "get", "names"]
+__all__ = [
+    "ALF",
+    "ExplicitAdams",
+    "ExplicitRK",
+    "ImplicitAdams",
+    "ScipySolver",
+    "Stepper",
+    "get",
+    "names",
+    "options_of",
+    "within",
+]
 
 _OTHERS: dict[str, Callable[[], Stepper]] = {
     "alf": ALF,
@@ -21,10 +33,11 @@ _OTHERS: dict[str, Callable[[], Stepper]] = {
     "implicit_adams": ImplicitAdams,
 }
 _ALIASES = {"fixed_adams": "implicit_adams"}
+_SCIPY = "scipy_solver"
 
 
 def names() -> tuple[str, ...]:
-    """Names of all methods."""
+    """Names of all methods of this library; with scipy there is "scipy_solver" as well."""
     return (*tableaus.names(), *_OTHERS)
 
 
@@ -33,6 +46,7 @@ def get(name: str) -> Stepper:
 
     Raises:
         UnknownNameError: No method has this name.
+        MissingExtraError: "scipy_solver" without scipy.
 
     Example:
         >>> get("dopri5").order
@@ -41,17 +55,23 @@ def get(name: str) -> Stepper:
     name = _ALIASES.get(name, name)
     if name in _OTHERS:
         return _OTHERS[name]()
+    if name == _SCIPY:
+        return ScipySolver()
     if name not in names():
-        raise UnknownNameError("method", name, (*names(), *_ALIASES))
+        raise UnknownNameError("method", name, (*names(), *_ALIASES, _SCIPY))
     return ExplicitRK(tableaus.get(name))
 
 
 def within(stepper: Stepper, rtol: float | Tensor, atol: float | Tensor) -> Stepper:
     """The method with the tolerances of a solve, which one that iterates within its steps needs."""
-    return stepper.within(rtol, atol) if isinstance(stepper, ImplicitAdams) else stepper
+    if isinstance(stepper, ImplicitAdams | ScipySolver):
+        return stepper.within(rtol, atol)
+    return stepper
 
 
 def options_of(stepper: Stepper) -> tuple[str, ...]:
     """The options of a method that torchdiffeq knows."""
+    if isinstance(stepper, ScipySolver):
+        return ("solver", "min_step", "max_step")
     options = ("max_order", "max_iters")
     return tuple(name for name in options if hasattr(stepper, name))
