@@ -60,8 +60,11 @@ class Continuous(Strategy):
         """The method of the adjoint solve."""
         own = forward if self.method_name is None else get(self.method_name)
         if isinstance(own, ScipySolver):
-            given = {"rtol": self.rtol, "atol": self.atol}
-            own = replace(own, **{k: x for k, x in given.items() if x is not None})
+            own = replace(
+                own,
+                rtol=own.rtol if self.rtol is None else self.rtol,
+                atol=own.atol if self.atol is None else self.atol,
+            )
         return own
 
 
