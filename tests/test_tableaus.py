@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Any
 
 import pytest
 
 from symplectic_adjoint import TableauError, UnknownNameError
-from symplectic_adjoint._surd import Surd
 from symplectic_adjoint.dense import Interpolant, linear
 from symplectic_adjoint.tableaus import Tableau, get, names
 from symplectic_adjoint.tableaus._conditions import (
@@ -225,17 +223,6 @@ def test_bad_data_is_refused_in_words(changes: dict[str, Any], message: str) -> 
 # --- the methods at work -------------------------------------------------------------
 
 
-def test_the_global_error_shrinks_with_the_order(tableau: Tableau) -> None:
-    """On y' = -2 t y^2, y = 1 / (1 + t^2), in 30 digits, so that rounding hides no order."""
-    floor = 1e-15 if tableau.name in ROUNDED else 0.0
-    with localcontext() as context:
-        context.prec = 30
-        finest = 8 if tableau.implicit else 11
-        errors = [integration_error(tableau, 2**k) for k in range(5, finest)]
-    coarse, fine = [error for error in errors if error > floor][-2:]
-    assert math.log2(coarse / fine) == pytest.approx(tableau.order, abs=0.2)
-
-
 def test_the_error_inside_a_step_shrinks_with_the_order_of_the_interpolant(
     tableau: Tableau,
 ) -> None:
@@ -393,32 +380,3 @@ def dense_error(tableau: Tableau, h: float) -> float:
         for k in range(1, 17)
     ]
     return max(map(abs, errors))
-
-
-def integration_error(tableau: Tableau, steps: int) -> Decimal:
-    """Greatest error at the nodes over 0 <= t <= 4, in the decimal context at hand."""
-    a, b, c = (decimals(x) for x in tableau.butcher())
-    h = Decimal(4) / steps
-    y = Decimal(1)
-    worst = Decimal(0)
-
-    def slope(time: Decimal, value: Decimal) -> Decimal:
-        return -2 * time * value * value
-
-    for step in range(steps):
-        stages = coupled(a, c, slope, h * step, y, h) if tableau.implicit else []
-        for row, abscissa in list(zip(a, c, strict=True))[len(stages) :]:
-            stages.append(slope(h * (step + abscissa), y + h * dot(row, stages) if stages else y))
-        y += h * dot(b, stages)
-        end = h * (step + 1)
-        worst = max(worst, abs(y - 1 / (1 + end * end)))
-    return worst
-
-
-def decimals(numbers: Any) -> Any:
-    if isinstance(numbers, tuple):
-        return tuple(decimals(x) for x in numbers)
-    if isinstance(numbers, Surd):
-        return decimals(numbers.p) + decimals(numbers.q) * Decimal(numbers.n).sqrt()
-    exact = Fraction(numbers)
-    return Decimal(exact.numerator) / exact.denominator

@@ -61,6 +61,7 @@ from symplectic_adjoint.steppers import (
     ExplicitRK,
     ImplicitAdams,
     ImplicitRK,
+    ScipySolver,
 )
 
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
     "Newton",
     "NonFiniteError",
     "NonlinearSolveError",
+    "ScipySolver",
     "SecondDerivativeError",
     "SensitivityControl",
     "Solution",

@@ -25,7 +25,7 @@ from symplectic_adjoint.gradients._transform import solve_lifted
 from symplectic_adjoint.problem import Problem, as_times, flat_func
 from symplectic_adjoint.progress import reporter
 from symplectic_adjoint.solution import Solution
-from symplectic_adjoint.steppers import Stepper, within
+from symplectic_adjoint.steppers import ScipySolver, Stepper, within
 
 EVENT_STEPS = 20_000
 """Limit of an endless solve whose controller sets none."""
@@ -42,7 +42,7 @@ def solve(
     rtol: float | Tensor = 1e-7,
     atol: float | Tensor = 1e-9,
     controller: Controller | None = None,
-    gradient: str | Strategy = "symplectic",
+    gradient: str | Strategy | None = None,
     params: Sequence[Tensor] | None = None,
     event: Callable[..., Tensor] | Event | Sequence[Any] | None = None,
     throw: bool = True,
@@ -67,7 +67,8 @@ def solve(
         atol: Absolute tolerance, likewise.
         controller: ``Adaptive(...)`` or ``FixedGrid(...)``. By default adaptive where the method
             estimates its error; otherwise the grid is ``t``.
-        gradient: A strategy or its name (``gradients.names()``).
+        gradient: A strategy or its name (``gradients.names()``); "symplectic" by default, and
+            "continuous" with scipy_solver, whose steps have no exact gradient.
         params: When given, gradients go to ``y0``, ``t`` and these tensors only.
         event: Ends the solve early: a function ``(t, y, *args) -> value``, an ``Event``, or a
             sequence of these. The solve ends where an element of a value first changes its sign;
@@ -100,11 +101,13 @@ def solve(
         0.6065
     """
     _check(func, args, controller)
-    strategy = gradients.get(gradient)
+    strategy = gradients.get(default_gradient(method) if gradient is None else gradient)
     stepper = within(resolved_stepper(method, strategy), rtol, atol)
     strategy.check(stepper)
     events = listed(event)
-    if controller is None:
+    if isinstance(stepper, ScipySolver):
+        controller = _scipy_controller(controller, events, dense)
+    elif controller is None:
         controller = FixedGrid() if stepper.error_order is None else Adaptive()
     arguments = list(args)
     spec, flat = StateSpec.of(y0)
@@ -150,6 +153,23 @@ def solve(
             error.solution = solution
             raise error
     return solution
+
+
+def default_gradient(method: str | Stepper | None) -> str:
+    """The strategy of a method where none is asked for."""
+    scipy = method == "scipy_solver" or isinstance(method, ScipySolver)
+    return "continuous" if scipy else "symplectic"
+
+
+def _scipy_controller(controller: Any, events: Sequence[Any], dense: bool) -> Controller:
+    """A grid of one step, from start to end."""
+    if controller is not None or events or dense:
+        what = "controller" if controller is not None else "event" if events else "dense=True"
+        raise ArgumentError(
+            f"{what} does not work with scipy_solver, which takes its own steps and keeps none; "
+            "leave it out, or use a method of this library"
+        )
+    return FixedGrid(grid_constructor=lambda func, y0, t: t[[0, -1]])
 
 
 def resolved_stepper(method: str | Stepper | None, strategy: Strategy) -> Stepper:

@@ -15,12 +15,12 @@ from symplectic_adjoint import gradients
 from symplectic_adjoint._compile import uncompiled
 from symplectic_adjoint._errors import UnknownNameError
 from symplectic_adjoint._types import Func
-from symplectic_adjoint.api import resolved_stepper, solve
+from symplectic_adjoint.api import default_gradient, resolved_stepper, solve
 from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid
 from symplectic_adjoint.dense import linear
 from symplectic_adjoint.gradients import Strategy
 from symplectic_adjoint.solution import Solution
-from symplectic_adjoint.steppers import ExplicitRK, ImplicitRK, Stepper, options_of
+from symplectic_adjoint.steppers import ExplicitRK, ImplicitRK, ScipySolver, Stepper, options_of
 
 
 @uncompiled
@@ -34,7 +34,7 @@ def odeint(
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
     event_fn: Callable[[Tensor, Any], Tensor] | None = None,
-    gradient: str | Strategy = "symplectic",
+    gradient: str | Strategy | None = None,
     params: Sequence[Tensor] | None = None,
 ) -> Any:
     """Solve an initial value problem with torchdiffeq's signature.
@@ -49,11 +49,13 @@ def odeint(
         options: For methods with an error estimate ``first_step``, ``safety``, ``ifactor``,
             ``dfactor``, ``max_num_steps``, ``min_step``, ``max_step``, ``norm``; for the others
             ``step_size``, ``grid_constructor`` and ``interp`` ("linear" or "cubic"); for Adams
-            methods also ``max_order`` and, for the implicit one, ``max_iters``. Implicit
-            Runge-Kutta methods step on a grid, too, and take the fields of ``Newton`` besides.
+            methods also ``max_order`` and, for the implicit one, ``max_iters``; for scipy_solver
+            ``solver``, ``min_step`` and ``max_step``. Implicit Runge-Kutta methods step on a grid,
+            too, and take the fields of ``Newton`` besides.
         event_fn: ``(t, y) -> value``. When given, the solve runs from ``t[0]`` in the direction of
             ``t`` until an element of the value changes its sign, wherever ``t`` ends.
-        gradient: A strategy or its name.
+        gradient: A strategy or its name; "symplectic" by default, and "continuous" with
+            scipy_solver, whose steps have no exact gradient.
         params: When given, gradients go to ``y0``, ``t`` and these tensors only.
 
     Returns:
@@ -72,6 +74,8 @@ def odeint(
         >>> y.shape
         torch.Size([5, 3])
     """
+    if gradient is None:
+        gradient = default_gradient(method)
     stepper = resolved_stepper(method, gradients.get(gradient))
     stepper, controller = _from_options(stepper, options or {})
     solution = solve(
@@ -273,7 +277,11 @@ _ADAPTIVE_OPTIONS = {
 _FIXED_OPTIONS = ("step_size", "grid_constructor", "interp")
 
 
-def _from_options(stepper: Stepper, options: Mapping[str, Any]) -> tuple[Stepper, Controller]:
+def _from_options(
+    stepper: Stepper, options: Mapping[str, Any]
+) -> tuple[Stepper, Controller | None]:
+    if isinstance(stepper, ScipySolver):
+        return _scipy_from_options(stepper, options), None
     # As in torchdiffeq, implicit methods step on a grid even where they estimate their error.
     adaptive = stepper.error_order is not None and not isinstance(stepper, ImplicitRK)
     own = options_of(stepper)
@@ -295,3 +303,11 @@ def _from_options(stepper: Stepper, options: Mapping[str, Any]) -> tuple[Stepper
         given = {k: v for k, v in options.items() if k in own}
         stepper = dataclasses.replace(stepper, **given, interp=interp)  # type: ignore[type-var]
     return stepper, FixedGrid(**grid)
+
+
+def _scipy_from_options(stepper: ScipySolver, options: Mapping[str, Any]) -> ScipySolver:
+    valid = options_of(stepper)
+    for name in options:
+        if name not in valid:
+            raise UnknownNameError(f"option of method {stepper.name!r}", name, valid)
+    return dataclasses.replace(stepper, **options)

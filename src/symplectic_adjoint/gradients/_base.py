@@ -16,7 +16,7 @@ from symplectic_adjoint.accumulate import InPlace
 from symplectic_adjoint.capture import Capture
 from symplectic_adjoint.field import DetachedField, Field, StageGraph
 from symplectic_adjoint.loop import Outputs, SolveShape, Stats
-from symplectic_adjoint.steppers import Stepper
+from symplectic_adjoint.steppers import ScipySolver, Stepper
 from symplectic_adjoint.steppers._base import (
     Cotangent,
     DenseCotangent,
@@ -144,8 +144,14 @@ class Strategy:
         """Refuse a method that the strategy cannot reverse.
 
         Raises:
-            ArgumentError: The method is not the one the strategy needs.
+            ArgumentError: The method is not the one the strategy needs, or has no exact gradient.
         """
+        if self.exact and isinstance(stepper, ScipySolver):
+            raise ArgumentError(
+                f"gradient {self.name!r} is exact for the steps of this library, but "
+                f"{stepper.name!r} takes scipy's, which cannot be differentiated; choose "
+                "gradient='continuous', whose error follows rtol and atol, or another method"
+            )
         if self.method is not None and stepper.name != self.method:
             raise ArgumentError(
                 f"gradient {self.name!r} works with method {self.method!r} only, not with "

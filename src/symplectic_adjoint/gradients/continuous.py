@@ -16,7 +16,7 @@ from symplectic_adjoint.controllers import Adaptive, GridPace
 from symplectic_adjoint.field import DetachedField, RandomState, Stage
 from symplectic_adjoint.gradients._base import Counts, Record, Strategy, Sweep
 from symplectic_adjoint.loop import SolveShape, integrate
-from symplectic_adjoint.steppers import ImplicitRK, Stepper, get
+from symplectic_adjoint.steppers import ImplicitRK, ScipySolver, Stepper, get, within
 from symplectic_adjoint.steppers._base import Saved, dot
 
 
@@ -69,7 +69,14 @@ class Continuous(Strategy):
 
     def stepper(self, forward: Stepper) -> Stepper:
         """The method of the adjoint solve."""
-        return forward if self.method_name is None else get(self.method_name)
+        own = forward if self.method_name is None else get(self.method_name)
+        if isinstance(own, ScipySolver):
+            own = replace(
+                own,
+                rtol=own.rtol if self.rtol is None else self.rtol,
+                atol=own.atol if self.atol is None else self.atol,
+            )
+        return own
 
 
 class _AdjointSolve:
@@ -80,7 +87,8 @@ class _AdjointSolve:
         self.strategy = strategy
         self.sweep = sweep
         self.y = sweep.y
-        self.stepper = strategy.stepper(sweep.stepper)
+        setting = sweep.setting
+        self.stepper = within(strategy.stepper(sweep.stepper), setting.rtol, setting.atol)
         self.aliases = sweep.field.aliases
         self.used: set[int] = set()
         self.wants_time = sweep.out_times is not None
@@ -128,6 +136,10 @@ class _AdjointSolve:
         field = DetachedField(self._slope, z, (), None)
         state = self.stepper.begin(start, z)
         controller = sweep.controller
+        if isinstance(self.stepper, ScipySolver):
+            controller = None
+        elif isinstance(sweep.stepper, ScipySolver) and self.stepper.error_order is not None:
+            controller = Adaptive()
         if isinstance(controller, Adaptive):
             setting = replace(
                 sweep.setting,
@@ -139,7 +151,8 @@ class _AdjointSolve:
             own = replace(controller, norm=self._norm(), first_step=None)
             pace: Any = own.begin(field, self.stepper, state, setting)
         else:
-            pace = GridPace(self._grid(start, end))
+            steps = [start, end] if controller is None else self._grid(start, end)
+            pace = GridPace(steps)
         for step in integrate(field, self.stepper, pace, state, end, {}, sweep.own):
             z = step.y1
             del step

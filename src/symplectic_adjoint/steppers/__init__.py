@@ -13,6 +13,7 @@ from symplectic_adjoint.steppers.alf import ALF
 from symplectic_adjoint.steppers.explicit_rk import ExplicitRK
 from symplectic_adjoint.steppers.implicit_rk import NEWTON_OPTIONS, ImplicitRK
 from symplectic_adjoint.steppers.multistep import ExplicitAdams, ImplicitAdams
+from symplectic_adjoint.steppers.scipy_solver import ScipySolver
 
 __all__ = [
     "ALF",
@@ -20,9 +21,12 @@ __all__ = [
     "ExplicitRK",
     "ImplicitAdams",
     "ImplicitRK",
+    "ScipySolver",
     "Stepper",
     "get",
     "names",
+    "options_of",
+    "within",
 ]
 
 _OTHERS: dict[str, Callable[[], Stepper]] = {
@@ -31,10 +35,11 @@ _OTHERS: dict[str, Callable[[], Stepper]] = {
     "implicit_adams": ImplicitAdams,
 }
 _ALIASES = {"fixed_adams": "implicit_adams"}
+_SCIPY = "scipy_solver"
 
 
 def names() -> tuple[str, ...]:
-    """Names of all methods."""
+    """Names of all methods of this library; with scipy there is "scipy_solver" as well."""
     return (*tableaus.names(), *_OTHERS)
 
 
@@ -43,6 +48,7 @@ def get(name: str) -> Stepper:
 
     Raises:
         UnknownNameError: No method has this name.
+        MissingExtraError: "scipy_solver" without scipy.
 
     Example:
         >>> get("dopri5").order
@@ -51,15 +57,17 @@ def get(name: str) -> Stepper:
     name = _ALIASES.get(name, name)
     if name in _OTHERS:
         return _OTHERS[name]()
+    if name == _SCIPY:
+        return ScipySolver()
     if name not in names():
-        raise UnknownNameError("method", name, (*names(), *_ALIASES))
+        raise UnknownNameError("method", name, (*names(), *_ALIASES, _SCIPY))
     tableau = tableaus.get(name)
     return ImplicitRK(tableau) if tableau.implicit else ExplicitRK(tableau)
 
 
 def within(stepper: Stepper, rtol: float | Tensor, atol: float | Tensor) -> Stepper:
     """The method with the tolerances of a solve, which one that iterates within its steps needs."""
-    if isinstance(stepper, ImplicitAdams | ImplicitRK):
+    if isinstance(stepper, ImplicitAdams | ImplicitRK | ScipySolver):
         return stepper.within(rtol, atol)
     return stepper
 
@@ -68,5 +76,7 @@ def options_of(stepper: Stepper) -> tuple[str, ...]:
     """The options of a method that torchdiffeq knows, and those that go with them."""
     if isinstance(stepper, ImplicitRK):
         return NEWTON_OPTIONS
+    if isinstance(stepper, ScipySolver):
+        return ("solver", "min_step", "max_step")
     options = ("max_order", "max_iters")
     return tuple(name for name in options if hasattr(stepper, name))
