@@ -47,7 +47,7 @@ from symplectic_adjoint._errors import ArgumentError, NonlinearSolveError, Secon
 from symplectic_adjoint._types import Time, as_float
 from symplectic_adjoint.dense import Interpolant
 from symplectic_adjoint.dense import linear as straight
-from symplectic_adjoint.field import Field, GraphField, RandomState, Stage
+from symplectic_adjoint.field import Field, GraphField, RandomState, Stage, TangentField
 from symplectic_adjoint.rootfind import (
     Jacobian,
     Newton,
@@ -322,13 +322,21 @@ class _Equations:
             pairs = zip(self.stages, points, strict=True)
             values = [self.field.evaluate(Stage(s.t, x, None, s.token)) for s, x in pairs]
             if system is None:
-                jacobians = [
-                    _jacobian(self.field, x, v) for x, v in zip(points, values, strict=True)
-                ]
-                system = self._system(jacobians)
+                system = self._system(self._jacobians(points, values))
             residual = k - torch.stack(values)
             k = k - _correction(residual, system, self.field.corrections)
         return k
+
+    def _jacobians(self, points: Sequence[Tensor], values: Sequence[Tensor]) -> list[Jacobian]:
+        """Those at the root, from the graphs of the values where these have one."""
+        if isinstance(self.field, TangentField):
+            stages = [
+                Stage(s.t, x, None, s.token) for s, x in zip(self.stages, points, strict=True)
+            ]
+            graphs = [_graph(self.field, stage) for stage in stages]
+        else:
+            graphs = list(zip(points, values, strict=True))
+        return [_jacobian(self.field, x, k) for x, k in graphs]
 
     def _failure(self, error: NoConvergence) -> NonlinearSolveError:
         t = as_float(self.step.start.t)
