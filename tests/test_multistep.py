@@ -175,7 +175,7 @@ def test_a_backward_pass_repeats_the_iterations_without_asking_again() -> None:
                 pendulum, y0, torch.linspace(0, 1, 8), method=method, gradient=strategy, **TIGHT
             )
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", sa.ConvergenceWarning)
             sol.y.sum().backward()
         assert sol.stats.further == 2 * 3 + 5 * 2
         assert sol.stats.products == sol.stats.evaluations

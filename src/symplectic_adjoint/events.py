@@ -324,7 +324,7 @@ def bracketed_root(f: Callable[[float], float], a: float, fa: float, b: float, f
         The end of the last bracket at which ``f`` is smaller.
 
     Example:
-        >>> bracketed_root(lambda x: x**2 - 2, 0.0, -2.0, 2.0, 2.0) == 2**0.5
+        >>> abs(bracketed_root(lambda x: x**2 - 2, 0.0, -2.0, 2.0, 2.0) - 2**0.5) < 1e-15
         True
     """
     if fb == 0:
