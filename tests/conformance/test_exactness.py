@@ -161,11 +161,18 @@ def test_gradient_is_exact_however_it_is_summed(method: str, strategy: Strategy)
     )
 
 
-@pytest.mark.parametrize(("method", "strategy"), pairs(TANGENT))
+@pytest.mark.parametrize(("method", "strategy"), pairs(TANGENT, QUICK))
 def test_gradient_is_exact_where_no_step_is_reversed(method: str, strategy: Strategy) -> None:
     test_gradient_equals_that_of_autograd_on_the_frozen_grid(
         method, strategy, tree=True, outputs="dense", decreasing=False, wants_time=True
     )
+
+
+@pytest.mark.parametrize(("method", "strategy"), pairs(TANGENT, ["sdirk2", "radauIIA3"]))
+def test_tangents_of_implicit_steps_are_exact(method: str, strategy: Strategy) -> None:
+    case = problems.case(times=(0.0, 0.2), wants_time=True, batch=1, dim=2, hidden=1)
+    sol = solve(case, method, strategy, sa.FixedGrid())
+    assert_equal(case, sol, replayed(case, method, list))
 
 
 @pytest.mark.parametrize("decreasing", [False, True], ids=["increasing", "decreasing"])
