@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import symplectic_adjoint as sa
 from symplectic_adjoint import api, steppers
@@ -421,6 +422,17 @@ def test_a_jump_is_an_event_whose_time_has_no_derivative() -> None:
     assert found(sol).t.item() == pytest.approx(0.4, abs=1e-14)
     with pytest.raises(sa.EventGradientError, match=r"at t = 0.4.*slope 0.0 along the solution"):
         torch.autograd.grad(found(sol).t, y0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("carrier", ["state", "event"])
+def test_forward_mode_through_an_event_is_refused(mode: Any, carrier: str) -> None:
+    with forward_ad.dual_level(), mode():
+        dual = forward_ad.make_dual(f64(0.25), f64(1.0))
+        y0, level = (dual, f64(0.5)) if carrier == "state" else (f64(0.0), dual)
+        with pytest.raises(sa.ArgumentError, match="use reverse mode"):
+            sa.solve(one, y0, [0.0, 1.0], event=lambda t, y: y - level)
 
 
 def test_dense_output_ends_at_the_event() -> None:
