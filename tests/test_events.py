@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import symplectic_adjoint as sa
 from symplectic_adjoint import api, steppers
@@ -124,21 +125,21 @@ def test_a_horizon_without_an_event_gives_the_whole_solution_and_says_so() -> No
     assert torch.equal(sol.y, sa.solve(rotate, f64(1, 0), t).y)
 
 
-def test_the_first_of_several_events_within_a_step_wins() -> None:
-    def events(*levels: float) -> list[sa.Event]:
-        return [sa.Event(lambda t, y, level=level: y - level) for level in levels]
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_first_of_several_events_within_a_step_wins(sign: float) -> None:
+    levels = sign * f64(0.7, 0.3, 0.5)
 
     def solve(event: Any) -> sa.Crossing:
-        sol = sa.solve(one, f64(0)[0], [0.0, 1.0], method="rk4", event=event)
+        sol = sa.solve(one, f64(0)[0], [0.0, sign], method="rk4", event=event)
         assert sol.stats.accepted == 1
         return found(sol)
 
-    several = solve(events(0.7, 0.3, 0.5))
+    several = solve([lambda t, y, level=level: y - level for level in levels])
     assert (several.index, several.component) == (1, 0)
-    assert abs(several.t.item() - 0.3) < 1e-15
-    vector = solve(lambda t, y: (f64(0.7, 0.3, 0.5) - y).reshape(3, 1))
+    assert abs(several.t.item() - sign * 0.3) < 1e-15
+    vector = solve(lambda t, y: (levels - y).reshape(3, 1))
     assert (vector.index, vector.component) == (0, 1)
-    assert abs(vector.t.item() - 0.3) < 1e-15
+    assert abs(vector.t.item() - sign * 0.3) < 1e-15
 
 
 @pytest.mark.parametrize("wants_time", [False, True])
@@ -149,7 +150,11 @@ def test_an_event_exactly_at_the_end_of_a_step_is_found_there(wants_time: bool) 
     assert found(sol).t.item() == 0.5
     assert sol.steps.tolist() == [0.0, 0.25, 0.5]
     assert sol.y.tolist() == [0.0, 0.25, 0.5]
-    assert torch.autograd.grad(found(sol).t, y0)[0].item() == -1.0
+    inputs = [y0, t] if wants_time else [y0]
+    grads = torch.autograd.grad(found(sol).t, inputs)
+    assert grads[0].item() == -1.0
+    if wants_time:  # the event does not move with the step that ends there
+        assert grads[1].tolist() == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_an_event_exactly_at_the_last_time_is_an_event() -> None:
@@ -417,6 +422,17 @@ def test_a_jump_is_an_event_whose_time_has_no_derivative() -> None:
     assert found(sol).t.item() == pytest.approx(0.4, abs=1e-14)
     with pytest.raises(sa.EventGradientError, match=r"at t = 0.4.*slope 0.0 along the solution"):
         torch.autograd.grad(found(sol).t, y0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("carrier", ["state", "event"])
+def test_forward_mode_through_an_event_is_refused(mode: Any, carrier: str) -> None:
+    with forward_ad.dual_level(), mode():
+        dual = forward_ad.make_dual(f64(0.25), f64(1.0))
+        y0, level = (dual, f64(0.5)) if carrier == "state" else (f64(0.0), dual)
+        with pytest.raises(sa.ArgumentError, match="use reverse mode"):
+            sa.solve(one, y0, [0.0, 1.0], event=lambda t, y: y - level)
 
 
 def test_dense_output_ends_at_the_event() -> None:

@@ -45,7 +45,7 @@ class Event:
 
     Example:
         >>> import symplectic_adjoint as sa
-        >>> ground = Event(lambda t, y: y[0], direction=-1)
+        >>> ground = sa.Event(lambda t, y: y[0], direction=-1)
         >>> fall = lambda t, y: torch.stack([y[1], -torch.ones_like(y[1])])
         >>> sol = sa.solve(fall, torch.tensor([0.5, 0.0]), [0.0, 10.0], event=ground)
         >>> round(sol.event.t.item(), 4), sol.status.value

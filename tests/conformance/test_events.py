@@ -20,7 +20,7 @@ from symplectic_adjoint.gradients import Strategy
 from symplectic_adjoint.steppers import ExplicitRK
 from tests import problems
 from tests.conformance import reference
-from tests.conformance.registry import label, pacing, strategies
+from tests.conformance.registry import METHODS, label, pacing, strategies
 
 BOUND = 1e-12
 
@@ -160,6 +160,36 @@ def test_second_derivatives_of_an_event_are_those_of_the_textbook(strategy: Stra
 
     error, where = problems.worst(second(sol.event.t, sol.event.y), second(tau, at(tau)))
     assert error <= BOUND, f"the second derivative of {where} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_state_at_an_event_of_time_moves_along_the_dense_output(method: str) -> None:
+    """Every method: the time follows the parameter of the event, the state the dense output."""
+    case = problems.case(times=(0.1, 1.3))
+    controller, tolerance = pacing(steppers.get(method), 0.23)
+    place = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    sol = sa.solve(
+        case.func,
+        case.y0,
+        case.t,
+        args=case.args,
+        method=method,
+        controller=controller,
+        rtol=tolerance,
+        atol=tolerance,
+        dense=True,
+        event=lambda t, y, gain: t - place,
+    )
+    assert sol.event is not None
+    assert abs(sol.event.t.item() - 0.7) < 1e-15
+    (slope,) = torch.autograd.grad(sol.event.t, place, retain_graph=True)
+    assert slope.item() == 1.0
+    time = sol.event.t.detach().requires_grad_()
+    case.params = {**case.params, "place": place}
+    along = case.gradients(sol.dense(time))
+    (along["place"],) = torch.autograd.grad(problems.loss(sol.dense(time)), time)
+    error, where = problems.worst(case.gradients(sol.event.y), along)
+    assert error <= BOUND, f"the gradient of {where} is off by {error:.1e}"
 
 
 @pytest.mark.parametrize("method", ["rk4", "dopri8"])

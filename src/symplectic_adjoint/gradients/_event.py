@@ -20,8 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symplectic_adjoint._errors import CaptureError, EventGradientError, SecondDerivativeError
-from symplectic_adjoint.capture import detached, foreign_leaves
+from symplectic_adjoint._errors import (
+    ArgumentError,
+    CaptureError,
+    EventGradientError,
+    SecondDerivativeError,
+)
+from symplectic_adjoint.capture import detached, foreign_leaves, has_tangent
 from symplectic_adjoint.events import Root
 from symplectic_adjoint.field import Field
 from symplectic_adjoint.gradients._base import Record
@@ -55,8 +60,16 @@ class Located:
             y: The output there at constant time, on the caller's graph.
             y0: The initial state.
             nodes: Step times (N + 1,), attached to ``t`` where they follow it.
+
+        Raises:
+            ArgumentError: Something carries a tangent of forward mode.
         """
         tau = torch.tensor(self.root.t, dtype=torch.float64)
+        if any(map(has_tangent, (y, *self.root.event.capture.tensors))):
+            raise ArgumentError(
+                "the time of an event has no forward-mode derivative here; use reverse mode, "
+                "torch.autograd.grad, for solves with event=..."
+            )
         if not torch.is_grad_enabled():
             return tau, y
         self._explore(y.detach())
