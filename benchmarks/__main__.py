@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import methods
 from benchmarks.peers import BASELINE, PEERS, Peer
 from benchmarks.problems import PROBLEMS, quick
 from benchmarks.suite import load, merged, run_suite, save, write_atomically
-from benchmarks.tables import markdown, plain
+from benchmarks.tables import markdown, plain, plain_methods
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results.json"
@@ -36,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--write-docs takes the figures of a full run, not of --quick")
     if options.threads:
         torch.set_num_threads(options.threads)
+    if "methods" in options.problems:
+        if len(options.problems) > 1 or options.load:
+            parser.error("methods is measured by itself")
+        return _methods(options)
     if options.load:
         results = load(options.load)
     else:
@@ -54,6 +59,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(r["peer"].startswith("ours/") and r["refused"] for r in records))
 
 
+def _methods(options: argparse.Namespace) -> int:
+    """Measures every method shared with torchdiffeq."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = methods.run(options.rounds, options.quick, _progress)
+    save(results, options.out)
+    print(plain_methods(results))
+    if options.write_docs:
+        page = {**load(RESULTS), "methods": results}
+        save(page, RESULTS)
+        write_atomically(PAGE, markdown(page))
+    return int(any(records[0]["refused"] for records in results["methods"].values()))
+
+
 def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -69,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="problem",
         type=_problem,
-        help=f"of {', '.join(PROBLEMS)}; default all",
+        help=f"of {', '.join(PROBLEMS)}; default all; or methods: all shared with torchdiffeq",
     )
     add(
         "--peers",
@@ -109,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _problem(name: str) -> str:
-    if name not in PROBLEMS:
+    if name not in (*PROBLEMS, "methods"):
         raise argparse.ArgumentTypeError(f"no problem {name!r}; there are {', '.join(PROBLEMS)}")
     return name
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,7 @@ class Problem:
         steps: Number of fixed steps, None for an adaptive method.
         prepare: Changes the freshly initialised float64 network in place, or None.
         start: Draws the float64 initial states from (generator, batch, width).
+        options: Options of the method, by their names in torchdiffeq.
         rounds: Timed rounds unless the command line says otherwise.
     """
 
@@ -115,6 +117,7 @@ class Problem:
     rounds: int
     prepare: Callable[[Field, torch.Generator], None] | None
     start: Callable[[torch.Generator, int, int], Tensor]
+    options: tuple[tuple[str, Any], ...] = ()
 
     def instance(self, dtype: torch.dtype = torch.float32, *, counting: bool = False) -> Instance:
         """The same weights and states on every call: drawn in float64, then rounded."""

@@ -62,9 +62,9 @@ def run_suite(
 
 
 def merged(old: dict[str, Any], new: dict[str, Any], order: Sequence[str]) -> dict[str, Any]:
-    """The new results, and the old ones of problems that were not measured again."""
+    """The new results, and the old ones of what was not measured again."""
     problems = {p["name"]: p for p in (*old["problems"], *new["problems"])}
-    return {**new, "problems": [problems[name] for name in order if name in problems]}
+    return {**old, **new, "problems": [problems[name] for name in order if name in problems]}
 
 
 def measure(

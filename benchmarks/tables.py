@@ -24,6 +24,24 @@ _HEAD = (
     "in float64",
     "to the ODE",
 )
+_METHODS_HEAD = (
+    "method",
+    "steps",
+    "theirs",
+    "ms a step",
+    "backprop's",
+    "adjoint's",
+    "ratio to backprop",
+    "to adjoint",
+    "evaluations",
+    "backprop's",
+    "adjoint's",
+    "error of the solution",
+    "theirs",
+    "error of the gradient",
+    "backprop's",
+    "adjoint's",
+)
 _TARGET_HEAD = ("problem", "ratio of", "peer", "target", "figure", "verdict")
 
 
@@ -53,8 +71,62 @@ def markdown(results: dict[str, Any]) -> str:
         parts.append(_conditions(problem))
         parts.append(_markdown_table(_HEAD, _rows(records)))
         parts.append("\n".join(f"- {note}" for note in _notes(records)))
+    if "methods" in results:
+        parts.append(_methods_section(results["methods"]))
     parts.append(_METHOD)
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def plain_methods(results: dict[str, Any]) -> str:
+    """The table of methods for the terminal."""
+    table = _plain_table(_METHODS_HEAD, _method_rows(results))
+    return "\n\n".join([_conditions(results), f"{results['title']}.", table])
+
+
+def _methods_section(results: dict[str, Any]) -> str:
+    options = ", ".join(
+        f"`{name}` with {', '.join(f'{k} = {v}' for k, v in chosen.items())}"
+        for name, chosen in results["options"].items()
+    )
+    told = f"{results['title'][0].upper()}{results['title'][1:]}; {results['rounds']} rounds."
+    table = _markdown_table(_METHODS_HEAD, _method_rows(results))
+    return "\n\n".join(
+        [_METHODS, f"{told} {options[0].upper()}{options[1:]}.", _conditions(results), table]
+    )
+
+
+def _method_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [_method_row(name, records) for name, records in results["methods"].items()]
+
+
+def _method_row(name: str, found: list[dict[str, Any]]) -> tuple[str, ...]:
+    solution = [_number(record["error_solution"], ".1e") for record in found[:2]]
+    records = [
+        Record(**{k: x for k, x in record.items() if k != "error_solution"}) for record in found
+    ]
+    ours, backprop, adjoint = records
+    return (
+        name,
+        *(_number(r.steps, "d") for r in (ours, backprop)),
+        *(_number(_per_step(r, ours), ".3f") for r in records),
+        *(_number(_paired_per_step(ours, r), ".2f") for r in (backprop, adjoint)),
+        *(f"{r.forward} + {r.backward}" for r in records),
+        *solution,
+        *(_number(r.error_ode, ".1e") for r in records),
+    )
+
+
+def _per_step(record: Record, ours: Record) -> float | None:
+    """Milliseconds a step; torchdiffeq's adjoint takes the forward steps of its backprop."""
+    steps = record.steps or ours.steps
+    return None if record.time is None or not steps else 1000 * record.time / steps
+
+
+def _paired_per_step(ours: Record, other: Record) -> float | None:
+    paired = time_ratio(ours, other) if other.seconds else None
+    if paired is None or not ours.steps or not other.steps:
+        return None
+    return paired * other.steps / ours.steps
 
 
 def _records(problem: dict[str, Any]) -> dict[str, Record]:
@@ -168,6 +240,15 @@ python -m benchmarks --write-docs
 
 with the extra `bench` installed; anyone can run it again. Named problems alone are measured anew
 (`python -m benchmarks spiral --write-docs`), and the page keeps what it says of the others."""
+
+_METHODS = """\
+## Every method shared with torchdiffeq
+
+This library with its default strategy, torchdiffeq's `odeint` with backpropagation, and its
+`odeint_adjoint`: time of forward and backward pass for each accepted step of the forward solve, the
+ratios of these (below 1: this library is faster), network evaluations in forward + backward pass,
+and errors against the differential equation: of the final state, in float64, and of the gradient of
+all parameters, in float32. Printed by `python -m benchmarks methods --write-docs`."""
 
 _METHOD = f"""\
 ## How it is measured

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import symplectic_adjoint as sa
 from benchmarks import __main__ as command
-from benchmarks import measure, resident, suite, tables
+from benchmarks import measure, methods, resident, suite, tables
 from benchmarks.measure import Record
 from benchmarks.peers import BASELINE, PEERS, Bound, Peer, zuko_peer
 from benchmarks.problems import PROBLEMS, Instance, Problem, TooManyEvaluationsError, quick
@@ -339,3 +339,34 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         suite.write_atomically(path, "new \ud800")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# All methods -----------------------------------------------------------------------------------
+
+
+def test_the_methods_compared_are_those_that_both_libraries_have() -> None:
+    pytest.importorskip("torchdiffeq")
+    found = methods.shared()
+    assert {"euler", "rk4", "dopri5", "dopri8", "explicit_adams", "implicit_adams"} <= {*found}
+    assert not {"fixed_adams", "scipy_solver", "tsit5"} & {*found}
+
+
+def test_methods_are_measured_at_the_same_number_of_steps_and_written_to_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchdiffeq")
+    monkeypatch.setattr(methods, "shared", lambda: ["explicit_adams", "bosh3"])
+    out = tmp_path / "methods.json"
+    assert command.main(["methods", "--quick", "--rounds", "1", "--out", str(out)]) == 0
+    assert {"explicit_adams", "bosh3"} <= {*capsys.readouterr().out.split()}
+    results = suite.load(out)
+    fixed, _, adjoint = results["methods"]["explicit_adams"]
+    assert fixed["steps"] == adjoint["steps"] == methods.STEPS // 5
+    # Two steps of rk4 first, and one evaluation a step from then on.
+    assert fixed["forward"] == fixed["products"] == 20 + 2 * 3
+    for records in results["methods"].values():
+        ours, theirs, _ = records
+        assert ours["error_float64"] < 1e-12
+        assert ours["error_solution"] < 3 * theirs["error_solution"]
+    page = tables.markdown({**suite.load(command.RESULTS), "methods": results})
+    assert "| explicit_adams | 20 | 20 |" in page

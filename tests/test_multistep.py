@@ -169,7 +169,7 @@ def test_a_backward_pass_repeats_the_iterations_without_asking_again() -> None:
     """Neither a warning nor another number of iterations where the first pass did not converge."""
     y0 = torch.ones(2, dtype=torch.float64, requires_grad=True)
     method = sa.ImplicitAdams(max_iters=2)
-    for strategy in EXACT:
+    for strategy in (s for s in EXACT if s.name != "forward"):  # which takes no products
         with pytest.warns(sa.ConvergenceWarning):
             sol = sa.solve(
                 pendulum, y0, torch.linspace(0, 1, 8), method=method, gradient=strategy, **TIGHT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 import symplectic_adjoint as sa
 from benchmarks.peers.base import Bound, Peer, second_order_remark
 from benchmarks.problems import Instance, Problem, loosened
+from symplectic_adjoint import steppers
 
 _STRATEGIES: dict[str, Callable[[], Any]] = {
     "backprop": sa.Backprop,
@@ -40,8 +42,11 @@ class Ours(Peer):
     def remark(self, problem: Problem) -> str | None:
         return second_order_remark(problem) if self.strategy == "mali" else None
 
-    def _method(self, problem: Problem) -> str:
-        return "alf" if self.strategy == "mali" else problem.method
+    def _method(self, problem: Problem) -> Any:
+        if self.strategy == "mali":
+            return "alf"
+        stepper: Any = steppers.get(problem.method)
+        return replace(stepper, **dict(problem.options)) if problem.options else stepper
 
     def _controller(self, problem: Problem) -> Any:
         if problem.steps is None:

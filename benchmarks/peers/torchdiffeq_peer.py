@@ -12,8 +12,9 @@ from benchmarks.peers.base import Bound, Peer
 from benchmarks.problems import Instance, Problem
 
 
-def _options(problem: Problem) -> dict[str, float] | None:
-    return None if problem.steps is None else {"step_size": problem.t1 / problem.steps}
+def _options(problem: Problem) -> dict[str, Any]:
+    size = {} if problem.steps is None else {"step_size": problem.t1 / problem.steps}
+    return {**size, **dict(problem.options)}
 
 
 class Torchdiffeq(Peer):

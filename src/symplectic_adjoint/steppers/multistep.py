@@ -646,7 +646,7 @@ def _sum(weights: Sequence[Time], slopes: Sequence[Tensor]) -> Tensor:
 
 def _stacked(past: Sequence[Slope]) -> Tensor:
     """The times of slopes as a float64 tensor on the CPU."""
-    times = [
-        s.t if isinstance(s.t, Tensor) else torch.tensor(s.t, dtype=torch.float64) for s in past
-    ]
-    return torch.stack(times) if times else torch.empty(0, dtype=torch.float64)
+    times = [slope.t for slope in past]
+    if any(isinstance(t, Tensor) for t in times):
+        return torch.stack([torch.as_tensor(t, dtype=torch.float64) for t in times])
+    return torch.tensor(times, dtype=torch.float64)
