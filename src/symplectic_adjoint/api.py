@@ -16,8 +16,8 @@ from symplectic_adjoint._compile import uncompiled
 from symplectic_adjoint._errors import ArgumentError, EventNotFoundError, SolveError, StepLimitError
 from symplectic_adjoint._tree import StateSpec
 from symplectic_adjoint._types import Func
-from symplectic_adjoint.capture import Capture, transformed
-from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid
+from symplectic_adjoint.capture import Capture, transformed, varies
+from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid, no_times
 from symplectic_adjoint.events import Event, FlatEvent, listed
 from symplectic_adjoint.gradients import Strategy
 from symplectic_adjoint.gradients._job import Job, execute
@@ -117,12 +117,14 @@ def solve(
         if math.isinf(problem.times[-1]):
             problem, own = _limited(problem, own)
         regrid = functools.partial(_grid, own, func, spec.unflatten(y0))
+        grid = regrid(problem.t)
         return Job(
             func=flat_func(func, spec, arguments),
             capture=capture,
             problem=problem,
-            grid=regrid(problem.t),
+            grid=grid,
             regrid=regrid,
+            jumps=_jumps(own, grid, problem),
             stepper=stepper,
             controller=own,
             strategy=strategy,
@@ -138,7 +140,7 @@ def solve(
 
     capture = Capture(func, arguments, params)
     if transformed():
-        _check_lifted(dense, events)
+        _check_lifted(dense, events, controller)
         return solve_lifted(job, spec, flat, as_times(t), capture)
     task = job(flat, t, capture)
     error: SolveError | None
@@ -228,7 +230,13 @@ def _not_found(solution: Solution) -> EventNotFoundError:
     )
 
 
-def _check_lifted(dense: bool, events: Sequence[Event]) -> None:
+def _check_lifted(dense: bool, events: Sequence[Event], controller: Controller) -> None:
+    jumps = controller.jump_t if isinstance(controller, Adaptive) else None
+    if isinstance(jumps, Tensor) and varies(jumps):
+        raise ArgumentError(
+            "jump_t varies inside a transform of torch.func (grad, vmap, jvp ...), which is not "
+            "supported; differentiate the times of jumps with torch.autograd, or detach them"
+        )
     if events:
         raise ArgumentError(
             "event=... is not supported inside a transform of torch.func (grad, vmap, jvp ...); "
@@ -243,3 +251,12 @@ def _check_lifted(dense: bool, events: Sequence[Event]) -> None:
 
 def _grid(controller: Controller, func: Func, y0: Any, t: Tensor) -> Tensor | None:
     return controller.grid(func, y0, t) if isinstance(controller, FixedGrid) else None
+
+
+def _jumps(controller: Controller, grid: Tensor | None, problem: Problem) -> Tensor:
+    """Where steps see only one side of ``func``."""
+    if isinstance(controller, Adaptive):
+        return controller.jumps(problem.times[0], problem.times[-1])
+    if grid is not None and isinstance(controller, FixedGrid) and controller.perturb:
+        return grid.detach()
+    return no_times()

@@ -26,6 +26,8 @@ class FixedGrid:
             ``t[0]``. Without it, and without ``grid_constructor``, the grid is ``t`` itself.
         grid_constructor: ``(func, y0, t) -> grid``, a 1-D tensor from ``t[0]`` to ``t[-1]``. Where
             it is computed from ``t`` differentiably, gradients with respect to ``t`` follow it.
+        perturb: Evaluate ``func`` just after the time at which each step starts and just before the
+            time at which it ends, so that a jump of ``func`` may lie on the grid.
 
     Example:
         >>> t = torch.tensor([0.0, 1.0])
@@ -35,6 +37,7 @@ class FixedGrid:
 
     step_size: float | None = None
     grid_constructor: Callable[[Func, Any, Tensor], Tensor] | None = None
+    perturb: bool = False
 
     def __post_init__(self) -> None:
         if self.step_size is not None and self.grid_constructor is not None:

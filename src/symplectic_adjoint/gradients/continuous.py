@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from symplectic_adjoint._errors import ArgumentError
-from symplectic_adjoint._types import Norm
+from symplectic_adjoint._types import Norm, Time, as_float
 from symplectic_adjoint.controllers import Adaptive, GridPace
 from symplectic_adjoint.field import DetachedField, RandomState, Stage
 from symplectic_adjoint.gradients._base import Counts, Record, Strategy, Sweep
@@ -119,10 +119,7 @@ class _AdjointSolve:
 
     def _move_time(self, j: int) -> Tensor:
         """Cotangent of the output time ``t_j``: the output moves along the solution."""
-        stage = Stage(float(self.sweep.times[j]), self.y[j])
-        self.sweep.field.linearize(False)
-        slope = self.sweep.field.evaluate(stage)
-        self.sweep.field.linearize(True)
+        slope = self._value(float(self.sweep.times[j]), self.y[j])
         moved = dot(slope, self.sweep.g[j])
         assert self.sweep.out_times is not None
         self.sweep.out_times[j] += moved
@@ -134,29 +131,49 @@ class _AdjointSolve:
         if start == end:
             return z
         field = DetachedField(self._slope, z, (), None)
-        state = self.stepper.begin(start, z)
         controller = sweep.controller
         if isinstance(self.stepper, ScipySolver):
             controller = None
         elif isinstance(sweep.stepper, ScipySolver) and self.stepper.error_order is not None:
             controller = Adaptive()
+        setting = replace(
+            sweep.setting,
+            end=end,
+            direction=-sweep.setting.direction,
+            rtol=sweep.setting.rtol if self.strategy.rtol is None else self.strategy.rtol,
+            atol=sweep.setting.atol if self.strategy.atol is None else self.strategy.atol,
+        )
+        state = self.stepper.begin(setting.starting(start), z)
         if isinstance(controller, Adaptive):
-            setting = replace(
-                sweep.setting,
-                end=end,
-                direction=-sweep.setting.direction,
-                rtol=sweep.setting.rtol if self.strategy.rtol is None else self.strategy.rtol,
-                atol=sweep.setting.atol if self.strategy.atol is None else self.strategy.atol,
-            )
             own = replace(controller, norm=self._norm(), first_step=None)
             pace: Any = own.begin(field, self.stepper, state, setting)
         else:
             steps = [start, end] if controller is None else self._grid(start, end)
             pace = GridPace(steps)
-        for step in integrate(field, self.stepper, pace, state, end, {}, sweep.own):
+        for step in integrate(field, self.stepper, pace, state, setting, {}, sweep.own):
             z = step.y1
+            self._move_jump(step.t1, z)
             del step
         return z
+
+    def _move_jump(self, t: Time, z: Tensor) -> None:
+        """Cotangent of the time of a jump: the solution follows one slope for longer."""
+        times, setting = self.sweep.reversal.times, self.sweep.setting
+        if times is None or not setting.cuts(as_float(t)):
+            return
+        n = self.sweep.nodes.index(as_float(t))
+        if times.wanted(n):
+            y, lam, *_ = self._unpack(z)
+            before = self._value(setting.ending(self.sweep.nodes[n]), y)
+            after = self._value(setting.starting(self.sweep.nodes[n]), y)
+            times.values[n] += dot(before - after, lam)
+
+    def _value(self, t: Time, y: Tensor) -> Tensor:
+        """``f`` without a graph."""
+        self.sweep.field.linearize(False)
+        value = self.sweep.field.evaluate(Stage(t, y))
+        self.sweep.field.linearize(True)
+        return value
 
     def _grid(self, start: float, end: float) -> list[float]:
         """The forward grid between two outputs, backwards."""
