@@ -256,8 +256,7 @@ def test_jumps_at_the_ends_are_seen_from_inside_and_those_outside_do_not_matter(
     assert max(seen) == math.nextafter(1.0, 0.0)
     assert sol.steps[0] == 0.0
     assert sol.steps[-1] == 1.0
-    (gradient,) = torch.autograd.grad(sol.y.sum(), jumps)
-    assert gradient.tolist() == [0.0, 0.0, 0.0, 0.0]
+    assert torch.autograd.grad(sol.y.sum(), jumps, allow_unused=True) == (None,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
