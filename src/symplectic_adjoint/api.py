@@ -16,6 +16,7 @@ from symplectic_adjoint._compile import uncompiled
 from symplectic_adjoint._errors import ArgumentError, EventNotFoundError, SolveError, StepLimitError
 from symplectic_adjoint._tree import StateSpec
 from symplectic_adjoint._types import Func
+from symplectic_adjoint.callbacks import Callbacks
 from symplectic_adjoint.capture import Capture, transformed, varies
 from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid, no_times
 from symplectic_adjoint.events import Event, FlatEvent, listed
@@ -132,6 +133,8 @@ def solve(
             atol=atol,
             report=reporter(progress, problem.times[0], problem.times[-1]),
             keep_dense=dense,
+            callbacks=Callbacks(func),
+            adjoint_callbacks=Callbacks(func, "_adjoint"),
             events=[
                 FlatEvent(each, i, spec, arguments, Capture(each.func, arguments, params))
                 for i, each in enumerate(events)

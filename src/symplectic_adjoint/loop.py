@@ -139,6 +139,7 @@ def integrate(
     setting: Setting,
     knots: Mapping[float, Tensor],
     stats: Stats,
+    told: Callable[[str, float, float, Any], None] = lambda moment, t, t1, state: None,
 ) -> Iterator[Any]:
     """Yield the accepted steps from ``state`` to ``setting.end``.
 
@@ -150,6 +151,7 @@ def integrate(
         setting: Where to stop, and where ``f`` jumps; steps end exactly there.
         knots: Times that carry a graph, as tensors, by their value.
         stats: Counts accepted and rejected steps.
+        told: Called with ("step" | "accept_step" | "reject_step", t, t1, state).
 
     Raises:
         SolveError: The end cannot be reached; all steps yielded before are valid.
@@ -157,14 +159,17 @@ def integrate(
     t = as_float(state.t)
     while t != setting.end:
         t1 = pace.propose(t)
+        told("step", t, t1, state)
         try:
             step = stepper.step(field, state, setting.ending(knots.get(t1, t1)))
         except NonlinearSolveError as error:
             pace.fail(error, t, t1)
             stats.rejected += 1
+            told("reject_step", t, t1, state)
             continue
         if pace.accepts(field, stepper, step, t, t1):
             stats.accepted += 1
+            told("accept_step", t, t1, state)
             if stepper.work.varies:
                 stats.further += step.further
             yield step
@@ -173,6 +178,7 @@ def integrate(
                 state = stepper.begin(setting.starting(state.t), state.y)
         else:
             stats.rejected += 1
+            told("reject_step", t, t1, state)
         del step  # so that its stages are freed before the next ones are made
 
 

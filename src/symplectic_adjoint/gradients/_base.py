@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from symplectic_adjoint._errors import ArgumentError
+from symplectic_adjoint._tree import StateSpec
 from symplectic_adjoint._types import Time
 from symplectic_adjoint.accumulate import InPlace
+from symplectic_adjoint.callbacks import Callbacks
 from symplectic_adjoint.capture import Capture
 from symplectic_adjoint.controllers import Setting
 from symplectic_adjoint.field import DetachedField, Field, StageGraph
@@ -96,6 +99,8 @@ class Sweep:
     setting: Setting
     controller: Any
     wants_state: bool
+    callbacks: Callbacks
+    spec: StateSpec
     replay: Callable[[Sequence[Tensor]], tuple[Tensor, Field]]
     memo: dict[str, Any]
     own: Stats = dataclasses.field(default_factory=Stats)
@@ -108,6 +113,19 @@ class Sweep:
     def stop(self, n: int) -> Time:
         """Where step ``n`` ends."""
         return self.setting.ending(self.nodes[n + 1])
+
+    def tell(self, n: int, y: Tensor, lam: Tensor, moment: str) -> None:
+        """Tell ``func`` of the reversal of step ``n``, from ``y`` and its cotangent at its end."""
+
+        def state() -> tuple[Any, ...]:
+            shares = (
+                torch.zeros_like(x) if x.grad is None else x.grad.clone()
+                for x in self.field.aliases
+            )
+            zero = y.new_zeros((), dtype=self.field.time_dtype)
+            return (zero, self.spec.unflatten(y), self.spec.unflatten(lam), *shares)
+
+        self.callbacks(moment, self.nodes[n + 1], self.nodes[n], state)
 
     def place(self, n: int) -> Tensor:
         """Places of the dense outputs within step ``n``."""
@@ -238,8 +256,11 @@ def stagewise(sweep: Sweep, step_at: Callable[[int, Any], Any]) -> Tensor:
         hit = sweep.outputs[n].hit
         if hit is not None:
             cotangent.y = cotangent.y + sweep.g[hit]
+        told = functools.partial(sweep.tell, n, end.y, cotangent.y)
+        told("step")
         step = step_at(n, end)
         cotangent = stepper.transpose(sweep.reversal, n, step, cotangent, sweep.dense(n))
+        told("accept_step")
         end = step.start
         del step  # so that its stages are freed before the next ones are computed again
     lam = _begun(sweep, 0, sweep.y0, end, cotangent)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from symplectic_adjoint._errors import SecondDerivativeError
+from symplectic_adjoint._tree import StateSpec
 from symplectic_adjoint._types import FlatFunc, Time
+from symplectic_adjoint.callbacks import Callbacks
 from symplectic_adjoint.capture import Capture, detached, has_tangent, transformed, varies
 from symplectic_adjoint.controllers import Controller, Setting
 from symplectic_adjoint.field import DetachedField, Field, GraphField, TangentField
@@ -45,6 +47,8 @@ class Tape:
         stats: Counts, completed by the backward pass.
         autocast: Autocast state of the forward pass.
         leafy: Whether ``func`` needs an argument that requires grad.
+        callbacks: What ``func`` wants to be told of backward passes.
+        spec: How the caller's state maps onto the flat one.
         memo: What the strategy remembers from one backward pass to the next.
     """
 
@@ -64,6 +68,8 @@ class Tape:
     stats: Stats
     autocast: Autocast
     leafy: bool
+    callbacks: Callbacks
+    spec: StateSpec
     memo: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def release(self) -> list[Tensor]:
@@ -249,7 +255,10 @@ def _reversed(
             wants_state=needs[0],
             replay=functools.partial(replayed, tape),
             memo=tape.memo,
+            callbacks=tape.callbacks,
+            spec=tape.spec,
         )
+        tape.callbacks.renew()
         lam = tape.strategy.reverse(sweep)
     _write_stats(tape.stats, field, sweep.own)
     grads = field.sums.totals()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch.autograd import forward_ad
 
 from symplectic_adjoint._errors import SolveError, Status
 from symplectic_adjoint._types import FlatFunc, as_float
+from symplectic_adjoint.callbacks import Callbacks
 from symplectic_adjoint.capture import Capture, detached, has_tangent, varies
 from symplectic_adjoint.controllers import Controller, FixedGrid, GridPace, Setting
 from symplectic_adjoint.events import Crossing, FlatEvent, Watch
@@ -60,6 +62,8 @@ class Job:
     report: Callable[[float], None] | None
     keep_dense: bool
     events: Sequence[FlatEvent] = ()
+    callbacks: Callbacks = dataclasses.field(default_factory=Callbacks)
+    adjoint_callbacks: Callbacks = dataclasses.field(default_factory=Callbacks)
     random: bool = False
     spent: int = 0
 
@@ -157,7 +161,9 @@ def execute(job: Job) -> tuple[Solution, SolveError | None]:
         if job.capture.restricted:
             # Backprop alone would not notice a tensor that must be made a constant.
             before = RandomState(job.problem.y0.device)
-            explored = replace(job, strategy=Checkpoint(), report=None, keep_dense=False)
+            explored = replace(
+                job, strategy=Checkpoint(), report=None, keep_dense=False, callbacks=Callbacks()
+            )
             job.spent = settled(explored, record).job.spent
             before.set()
         return settled(job, _backprop)
@@ -339,6 +345,10 @@ def _run(
     before = RandomState(field.device)
 
     watch = Watch(job.events) if job.events else None
+    job.callbacks.restart()
+
+    def told(moment: str, t: float, t1: float, at: Any) -> None:
+        job.callbacks(moment, t, t1, lambda: job.problem.spec.unflatten(at.y.detach()))
 
     def steps() -> Iterator[Any]:
         # Begun here, so that a solve that fails while it chooses its first step has a prefix, too.
@@ -346,7 +356,7 @@ def _run(
         pace = job.controller.begin(field, job.stepper, state, own)
         if isinstance(pace, GridPace):
             pace.checked = checked or watch is not None
-        yield from integrate(field, job.stepper, pace, state, setting, knots, stats)
+        yield from integrate(field, job.stepper, pace, state, setting, knots, stats, told)
 
     try:
         result = run(field, job.stepper, steps(), state, times, keep, graph, job.report, watch)
@@ -405,6 +415,8 @@ def _tape(
         stats=stats,
         autocast=Autocast(field.device),
         leafy=field.leafy,
+        callbacks=job.adjoint_callbacks,
+        spec=job.problem.spec,
     )
 
 
