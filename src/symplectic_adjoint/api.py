@@ -18,7 +18,7 @@ from symplectic_adjoint._tree import StateSpec
 from symplectic_adjoint._types import Func
 from symplectic_adjoint.callbacks import Callbacks
 from symplectic_adjoint.capture import Capture, transformed, varies
-from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid, no_times
+from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid, no_times, number
 from symplectic_adjoint.events import Event, FlatEvent, listed
 from symplectic_adjoint.gradients import Strategy
 from symplectic_adjoint.gradients._job import Job, execute
@@ -129,8 +129,8 @@ def solve(
             stepper=stepper,
             controller=own,
             strategy=strategy,
-            rtol=rtol,
-            atol=atol,
+            rtol=_tolerance("rtol", rtol, spec, flat),
+            atol=_tolerance("atol", atol, spec, flat),
             report=reporter(progress, problem.times[0], problem.times[-1]),
             keep_dense=dense,
             callbacks=Callbacks(func),
@@ -204,6 +204,23 @@ def _check(func: Any, args: Any, controller: Any) -> None:
         raise ArgumentError(
             f"controller = {controller!r} must be a controller such as Adaptive() or FixedGrid()"
         )
+
+
+def _tolerance(name: str, value: Any, spec: StateSpec, y0: Tensor) -> float | Tensor:
+    """A tolerance of the flat state, from a number, a tensor, or one for each leaf of a pytree."""
+    if isinstance(value, list | tuple) and spec.tree is not None and len(value) == len(spec.shapes):
+        parts = [
+            torch.as_tensor(_tolerance(name, x, spec, y0)).expand(shape).reshape(-1)
+            for x, shape in zip(value, spec.shapes, strict=True)
+        ]
+        return torch.cat(parts)
+    if not isinstance(value, Tensor):
+        return number(name, value)
+    if value.requires_grad:
+        raise ArgumentError(
+            f"{name} requires grad, but step-size control is not differentiated; detach it"
+        )
+    return value
 
 
 def _limited(problem: Problem, controller: Controller) -> tuple[Problem, Controller]:

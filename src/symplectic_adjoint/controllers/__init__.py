@@ -1,6 +1,6 @@
 """Where steps end: on a fixed grid, or where the error estimate says."""
 
-from symplectic_adjoint.controllers._base import Controller, Pace, Setting, no_times
+from symplectic_adjoint.controllers._base import Controller, Pace, Setting, no_times, number
 from symplectic_adjoint.controllers.adaptive import Adaptive, AdaptivePace
 from symplectic_adjoint.controllers.fixed import FixedGrid, GridPace
 from symplectic_adjoint.controllers.sensitivities import SensitivityControl
@@ -15,4 +15,5 @@ __all__ = [
     "SensitivityControl",
     "Setting",
     "no_times",
+    "number",
 ]

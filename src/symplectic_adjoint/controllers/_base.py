@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from symplectic_adjoint._errors import NonFiniteError, NonlinearSolveError
+from symplectic_adjoint._errors import ArgumentError, NonFiniteError, NonlinearSolveError
 from symplectic_adjoint._types import Time, as_float, one_sided
 from symplectic_adjoint.field import Field, Stage
 from symplectic_adjoint.steppers import Stepper
@@ -89,6 +89,24 @@ class Controller(Protocol):
     def begin(self, field: Field, stepper: Stepper, state: Any, setting: Setting) -> Pace:
         """Start pacing a solve from ``state``."""
         ...
+
+
+def number(name: str, value: Any) -> float:
+    """An option that is a number, as a float.
+
+    Raises:
+        ArgumentError: It is none, or a tensor that requires grad.
+    """
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ArgumentError(
+            f"{name} requires grad, but step-size control is not differentiated; detach it"
+        )
+    try:
+        if isinstance(value, str | bool):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"{name} = {value!r} must be a number") from error
 
 
 def no_times() -> Tensor:

@@ -19,9 +19,14 @@ from symplectic_adjoint._errors import (
     StepUnderflowError,
 )
 from symplectic_adjoint._types import Norm, as_float
-from symplectic_adjoint.controllers._base import Pace, Setting, finite, no_times, non_finite
+from symplectic_adjoint.controllers._base import Pace, Setting, finite, no_times, non_finite, number
 from symplectic_adjoint.field import Field, Stage
 from symplectic_adjoint.steppers import Stepper
+
+_NUMBERS = (
+    *("pcoeff", "icoeff", "dcoeff", "safety", "factor_min", "factor_max"),
+    *("min_step", "max_step", "first_step"),
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,13 @@ class Adaptive:
     jump_t: Tensor | Sequence[float] | None = None
 
     def __post_init__(self) -> None:
+        for name in _NUMBERS:
+            if (value := getattr(self, name)) is not None and type(value) is not float:
+                object.__setattr__(self, name, number(name, value))
+        if type(self.max_steps) is not int:
+            object.__setattr__(self, "max_steps", int(number("max_steps", self.max_steps)))
+        if self.norm is not None and not callable(self.norm):
+            raise ArgumentError(f"norm = {self.norm!r} must be a function of the state")
         checks = {
             "safety": 0 < self.safety <= 1,
             "factor_min": 0 < self.factor_min < 1,
@@ -325,7 +337,7 @@ def _times(name: str, times: Tensor | Sequence[float] | None) -> Tensor:
 
 def _check_tolerances(setting: Setting) -> None:
     for name, value in (("rtol", setting.rtol), ("atol", setting.atol)):
-        low = float(value.min()) if isinstance(value, Tensor) else float(value)
+        low = float(value.min()) if isinstance(value, Tensor) else value
         if not 0 <= low < math.inf:
             raise ArgumentError(f"{name} = {value} must be non-negative and finite")
     if not any(isinstance(x, Tensor) or x > 0 for x in (setting.rtol, setting.atol)):

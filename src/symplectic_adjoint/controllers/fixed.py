@@ -12,7 +12,7 @@ from torch import Tensor
 
 from symplectic_adjoint._errors import ArgumentError, NonlinearSolveError
 from symplectic_adjoint._types import Func
-from symplectic_adjoint.controllers._base import Setting, finite, non_finite
+from symplectic_adjoint.controllers._base import Setting, finite, non_finite, number
 from symplectic_adjoint.field import Field
 from symplectic_adjoint.steppers import Stepper
 
@@ -42,7 +42,15 @@ class FixedGrid:
     def __post_init__(self) -> None:
         if self.step_size is not None and self.grid_constructor is not None:
             raise ArgumentError("give step_size or grid_constructor, not both")
-        if self.step_size is not None and not 0 < float(self.step_size) < math.inf:
+        if self.step_size is not None:
+            object.__setattr__(self, "step_size", number("step_size", self.step_size))
+        if self.grid_constructor is not None and not callable(self.grid_constructor):
+            raise ArgumentError(
+                f"grid_constructor = {self.grid_constructor!r} must be a function of (func, y0, t)"
+            )
+        if self.perturb not in (False, True):
+            raise ArgumentError(f"perturb = {self.perturb!r} must be True or False")
+        if self.step_size is not None and not 0 < self.step_size < math.inf:
             raise ArgumentError(f"step_size = {self.step_size} must be positive and finite")
 
     def grid(self, func: Any, y0: Any, t: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Continuous(Strategy):
         seminorm: Leave the parameters' part, a quadrature, out of the error norm.
         rtol: Relative tolerance of the adjoint solve; the forward one's where None.
         atol: Absolute tolerance of the adjoint solve; the forward one's where None.
-        method_name: Method of the adjoint solve; the forward one's where None.
+        method_name: Method of the adjoint solve, a name or a stepper; the forward one's where None.
         controller: Step control of the adjoint solve. Where None, the forward one's tolerances and
             limits, or its grid backwards.
         norm: Norm of the scaled error of the adjoint state ``(t, y, lam, *params)``, where the
@@ -45,7 +45,7 @@ class Continuous(Strategy):
     seminorm: bool = True
     rtol: float | None = None
     atol: float | None = None
-    method_name: str | None = None
+    method_name: str | Stepper | None = None
     controller: Controller | None = None
     norm: Callable[[tuple[Tensor, ...]], Tensor] | None = None
     name = "continuous"
@@ -78,7 +78,8 @@ class Continuous(Strategy):
 
     def stepper(self, forward: Stepper) -> Stepper:
         """The method of the adjoint solve."""
-        own = forward if self.method_name is None else get(self.method_name)
+        name = self.method_name
+        own = forward if name is None else get(name) if isinstance(name, str) else name
         if isinstance(own, ScipySolver):
             own = replace(
                 own,
