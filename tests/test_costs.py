@@ -118,7 +118,7 @@ def shape(solution: sa.Solution, adaptive: bool, moved: bool, strategy: Strategy
             accepted=solution.stats.backward_accepted,
             rejected=solution.stats.backward_rejected,
             adaptive=adaptive,
-            selected=adaptive,
+            selected=(len(t) - 1) * adaptive,
             solves=len(t) - 1,
             further=solution.stats.backward_further,
         )
@@ -126,7 +126,7 @@ def shape(solution: sa.Solution, adaptive: bool, moved: bool, strategy: Strategy
         accepted=len(dense),
         rejected=solution.stats.rejected,
         dense=sum(dense),
-        dense_end=dense[-1],
+        dense_ends=dense[-1],
         adaptive=adaptive,
         selected=adaptive,
         moved=len(t) - 1 if moved else 0,

@@ -225,7 +225,7 @@ def test_locating_an_event_evaluates_func_no_more_than_its_dense_output_does() -
             accepted=sol.stats.accepted,
             rejected=sol.stats.rejected,
             dense=1,
-            dense_end=True,
+            dense_ends=True,
             adaptive=True,
             selected=True,
         )

@@ -535,7 +535,7 @@ def shape(sol: sa.Solution) -> SolveShape:
         for a, b in zip(sol.steps.tolist(), sol.steps.tolist()[1:], strict=False)
     ]
     runs = sum(now and not before for before, now in zip([False, *dense], dense, strict=False))
-    return SolveShape(len(dense), dense=sum(dense), dense_end=dense[-1], dense_runs=runs)
+    return SolveShape(len(dense), dense=sum(dense), dense_ends=dense[-1], dense_runs=runs)
 
 
 @pytest.mark.parametrize("outputs", [(0.0, 1.0), (0.0, 0.3, 0.8, 0.9, 1.0)], ids=["end", "dense"])

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import symplectic_adjoint as sa
 from symplectic_adjoint import gradients, steppers
+from symplectic_adjoint.controllers import Setting
 from symplectic_adjoint.gradients import Strategy
 from symplectic_adjoint.loop import Outputs, OutputTimes, Run, Stats, integrate, run
 from symplectic_adjoint.progress import Meter
@@ -96,7 +97,8 @@ def driven(
     state = StubState(times[0], torch.tensor([times[0]], dtype=torch.float64))
     direction = 1.0 if times[-1] > times[0] else -1.0
     field: Any = SimpleNamespace()
-    steps = integrate(field, any_stepper, pace, state, times[-1], {}, stats)
+    setting = Setting(end=times[-1], direction=direction, rtol=0.0, atol=0.0)
+    steps = integrate(field, any_stepper, pace, state, setting, {}, stats)
     outputs = OutputTimes(times, direction, torch.tensor(times, dtype=torch.float64), hits)
     kept: list[Any] = []
 

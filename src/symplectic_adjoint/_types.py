@@ -20,6 +20,33 @@ Norm: TypeAlias = Callable[[Tensor], Tensor]
 """A norm of the flat state, giving a 0-dim tensor."""
 
 
+class _OneSided(float):
+    """A time with a side."""
+
+    __slots__ = ("side",)
+    side: float
+
+
 def as_float(t: Time) -> float:
     """The value of a time as a Python float (reads the device when it is a tensor)."""
-    return float(t.detach()) if isinstance(t, Tensor) else t
+    return float(t.detach() if isinstance(t, Tensor) else t)
+
+
+def one_sided(t: Time, side: float) -> Time:
+    """A time at which ``f`` jumps, as seen from below (``side`` -1.0) or from above (+1.0).
+
+    What is computed from it, such as a step size, has no side.
+
+    Example:
+        >>> t = one_sided(0.5, -1.0)
+        >>> t == 0.5, side_of(t), side_of(t + 1.0)
+        (True, -1.0, 0.0)
+    """
+    marked: Any = t.view_as(t) if isinstance(t, Tensor) else _OneSided(t)
+    marked.side = side
+    return marked  # type: ignore[no-any-return]
+
+
+def side_of(t: Time) -> float:
+    """The side from which a time is seen, or 0.0."""
+    return getattr(t, "side", 0.0)

@@ -16,8 +16,9 @@ from symplectic_adjoint._compile import uncompiled
 from symplectic_adjoint._errors import ArgumentError, EventNotFoundError, SolveError, StepLimitError
 from symplectic_adjoint._tree import StateSpec
 from symplectic_adjoint._types import Func
-from symplectic_adjoint.capture import Capture, transformed
-from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid
+from symplectic_adjoint.callbacks import Callbacks
+from symplectic_adjoint.capture import Capture, transformed, varies
+from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid, no_times, number
 from symplectic_adjoint.events import Event, FlatEvent, listed
 from symplectic_adjoint.gradients import Strategy
 from symplectic_adjoint.gradients._job import Job, execute
@@ -117,19 +118,23 @@ def solve(
         if math.isinf(problem.times[-1]):
             problem, own = _limited(problem, own)
         regrid = functools.partial(_grid, own, func, spec.unflatten(y0))
+        grid = regrid(problem.t)
         return Job(
             func=flat_func(func, spec, arguments),
             capture=capture,
             problem=problem,
-            grid=regrid(problem.t),
+            grid=grid,
             regrid=regrid,
+            jumps=_jumps(own, grid, problem),
             stepper=stepper,
             controller=own,
             strategy=strategy,
-            rtol=rtol,
-            atol=atol,
+            rtol=_tolerance("rtol", rtol, spec, flat),
+            atol=_tolerance("atol", atol, spec, flat),
             report=reporter(progress, problem.times[0], problem.times[-1]),
             keep_dense=dense,
+            callbacks=Callbacks(func),
+            adjoint_callbacks=Callbacks(func, "_adjoint"),
             events=[
                 FlatEvent(each, i, spec, arguments, Capture(each.func, arguments, params))
                 for i, each in enumerate(events)
@@ -138,7 +143,7 @@ def solve(
 
     capture = Capture(func, arguments, params)
     if transformed():
-        _check_lifted(dense, events)
+        _check_lifted(dense, events, controller)
         return solve_lifted(job, spec, flat, as_times(t), capture)
     task = job(flat, t, capture)
     error: SolveError | None
@@ -201,6 +206,23 @@ def _check(func: Any, args: Any, controller: Any) -> None:
         )
 
 
+def _tolerance(name: str, value: Any, spec: StateSpec, y0: Tensor) -> float | Tensor:
+    """A tolerance of the flat state, from a number, a tensor, or one for each leaf of a pytree."""
+    if isinstance(value, list | tuple) and spec.tree is not None and len(value) == len(spec.shapes):
+        parts = [
+            torch.as_tensor(_tolerance(name, x, spec, y0)).expand(shape).reshape(-1)
+            for x, shape in zip(value, spec.shapes, strict=True)
+        ]
+        return torch.cat(parts)
+    if not isinstance(value, Tensor):
+        return number(name, value)
+    if value.requires_grad:
+        raise ArgumentError(
+            f"{name} requires grad, but step-size control is not differentiated; detach it"
+        )
+    return value
+
+
 def _limited(problem: Problem, controller: Controller) -> tuple[Problem, Controller]:
     """An endless solve within a limit of steps."""
     if isinstance(controller, Adaptive):
@@ -228,7 +250,13 @@ def _not_found(solution: Solution) -> EventNotFoundError:
     )
 
 
-def _check_lifted(dense: bool, events: Sequence[Event]) -> None:
+def _check_lifted(dense: bool, events: Sequence[Event], controller: Controller) -> None:
+    jumps = controller.jump_t if isinstance(controller, Adaptive) else None
+    if isinstance(jumps, Tensor) and varies(jumps):
+        raise ArgumentError(
+            "jump_t varies inside a transform of torch.func (grad, vmap, jvp ...), which is not "
+            "supported; differentiate the times of jumps with torch.autograd, or detach them"
+        )
     if events:
         raise ArgumentError(
             "event=... is not supported inside a transform of torch.func (grad, vmap, jvp ...); "
@@ -243,3 +271,12 @@ def _check_lifted(dense: bool, events: Sequence[Event]) -> None:
 
 def _grid(controller: Controller, func: Func, y0: Any, t: Tensor) -> Tensor | None:
     return controller.grid(func, y0, t) if isinstance(controller, FixedGrid) else None
+
+
+def _jumps(controller: Controller, grid: Tensor | None, problem: Problem) -> Tensor:
+    """Where steps see only one side of ``func``."""
+    if isinstance(controller, Adaptive):
+        return controller.jumps(problem.times[0], problem.times[-1])
+    if grid is not None and isinstance(controller, FixedGrid) and controller.perturb:
+        return grid.detach()
+    return no_times()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from symplectic_adjoint._errors import FieldOutputError
-from symplectic_adjoint._types import FlatFunc, Time
+from symplectic_adjoint._types import FlatFunc, Time, side_of
 from symplectic_adjoint.accumulate import InPlace
 from symplectic_adjoint.capture import Capture, foreign_leaves, has_tangent
 
@@ -135,8 +136,11 @@ class Field:
     def time(self, t: Time) -> Tensor:
         """A time as the 0-dim tensor that ``f`` receives."""
         if isinstance(t, Tensor):
-            return t.to(self.device, self.time_dtype)
-        return torch.full((), t, dtype=self.time_dtype, device=self.device)
+            time = t.to(self.device, self.time_dtype)
+        else:
+            time = torch.full((), t, dtype=self.time_dtype, device=self.device)
+        side = side_of(t)
+        return _beside(time, side) if side else time
 
     def call(self, t: Tensor, x: Tensor) -> Tensor:
         """``f(t, x)`` as autograd sees it, checked.
@@ -319,6 +323,12 @@ class DetachedField(Field):
             return StageGraph(t, x, self.call(t, x))
         with stage.token.restored():
             return StageGraph(t, x, self.call(t, x))
+
+
+def _beside(t: Tensor, side: float) -> Tensor:
+    """The next number below or above ``t``, differentiable as ``t`` itself."""
+    value = t.detach()
+    return t + (torch.nextafter(value, torch.full_like(value, side * math.inf)) - value)
 
 
 def _accumulate(output: Tensor, cotangent: Tensor) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from symplectic_adjoint._errors import NonlinearSolveError, SolveError
 from symplectic_adjoint._types import Time, as_float
-from symplectic_adjoint.controllers import Pace
+from symplectic_adjoint.controllers import Pace, Setting
 from symplectic_adjoint.field import Field
 from symplectic_adjoint.steppers import Stepper
 from symplectic_adjoint.steppers._base import Work
@@ -26,10 +25,10 @@ class SolveShape:
         accepted: Accepted steps.
         rejected: Rejected attempts.
         dense: Accepted steps that hold dense outputs.
-        dense_end: Whether the last step does.
+        dense_ends: Solves whose last step does.
         dense_runs: In how many runs of consecutive steps they come.
         adaptive: Whether errors are estimated.
-        selected: Whether the first step size is selected by an evaluation.
+        selected: First step sizes that are selected by an evaluation.
         solves: Number of solves in a row, each of which starts anew; the counts are their sums.
         moved: Output times whose own gradient is wanted.
         adjoint: The solves of the backward pass, where it solves an equation of its own.
@@ -41,10 +40,10 @@ class SolveShape:
     accepted: int
     rejected: int = 0
     dense: int = 0
-    dense_end: bool = False
+    dense_ends: int = 0
     dense_runs: int = 0
     adaptive: bool = False
-    selected: bool = False
+    selected: int = 0
     solves: int = 1
     moved: int = 0
     adjoint: SolveShape | None = None
@@ -52,21 +51,28 @@ class SolveShape:
     further: int = 0
 
     @staticmethod
-    def of(outputs: Sequence[Outputs], further: int = 0) -> SolveShape:
-        """The shape of accepted steps alone, from the outputs that each holds."""
+    def of(outputs: Sequence[Outputs], last: Collection[int], further: int = 0) -> SolveShape:
+        """The shape of accepted steps alone, from the outputs that each holds.
+
+        Args:
+            outputs: Those of each step.
+            last: The steps with which a solve ends.
+            further: Further stages.
+        """
         dense = [held.dense for held in outputs]
-        runs = sum(now and not before for before, now in itertools.pairwise([False, *dense]))
+        before = [False, *(held and n not in last for n, held in enumerate(dense))]
         return SolveShape(
             len(dense),
             dense=sum(dense),
-            dense_end=any(dense[-1:]),
-            dense_runs=runs,
+            dense_ends=sum(dense[n] for n in last),
+            dense_runs=sum(now and not x for x, now in zip(before, dense, strict=False)),
+            solves=len(last),
             further=further,
         )
 
     def stages(self, work: Work) -> int:
         """Evaluations on which the solution depends: each takes one product in reverse."""
-        nodes = self.accepted - self.solves + self._last_node(work)
+        nodes = self.accepted - self.solves + self._last_nodes(work)
         count = self.solves * work.start + self.accepted * work.inner + nodes * work.node
         if work.dense_node and not work.node:
             count += self.dense_runs
@@ -74,15 +80,15 @@ class SolveShape:
 
     def evaluations(self, work: Work) -> int:
         """Evaluations of the forward pass, for a method whose steps take ``work``."""
-        count = self.stages(work) + self.rejected * work.inner + self.selected * self.solves
+        count = self.stages(work) + self.rejected * work.inner + self.selected
         if self.adaptive:
             count += (self.accepted + self.rejected) * work.error
             if work.error_node:
-                count += self.rejected + self.solves - self._last_node(work)
+                count += self.rejected + self.solves - self._last_nodes(work)
         return count
 
-    def _last_node(self, work: Work) -> int:
-        return int(self.dense_end and work.dense_node)
+    def _last_nodes(self, work: Work) -> int:
+        return self.dense_ends * work.dense_node
 
 
 @dataclass
@@ -130,41 +136,49 @@ def integrate(
     stepper: Stepper,
     pace: Pace,
     state: Any,
-    end: float,
+    setting: Setting,
     knots: Mapping[float, Tensor],
     stats: Stats,
+    told: Callable[[str, float, float, Any], None] = lambda moment, t, t1, state: None,
 ) -> Iterator[Any]:
-    """Yield the accepted steps from ``state`` to ``end``.
+    """Yield the accepted steps from ``state`` to ``setting.end``.
 
     Args:
         field: The vector field.
         stepper: The method.
         pace: Proposes where steps end and judges them.
         state: Where to start.
-        end: Where to stop; the last step ends exactly there.
+        setting: Where to stop, and where ``f`` jumps; steps end exactly there.
         knots: Times that carry a graph, as tensors, by their value.
         stats: Counts accepted and rejected steps.
+        told: Called with ("step" | "accept_step" | "reject_step", t, t1, state).
 
     Raises:
-        SolveError: ``end`` cannot be reached; all steps yielded before are valid.
+        SolveError: The end cannot be reached; all steps yielded before are valid.
     """
     t = as_float(state.t)
-    while t != end:
+    while t != setting.end:
         t1 = pace.propose(t)
+        told("step", t, t1, state)
         try:
-            step = stepper.step(field, state, knots.get(t1, t1))
+            step = stepper.step(field, state, setting.ending(knots.get(t1, t1)))
         except NonlinearSolveError as error:
             pace.fail(error, t, t1)
             stats.rejected += 1
+            told("reject_step", t, t1, state)
             continue
         if pace.accepts(field, stepper, step, t, t1):
             stats.accepted += 1
+            told("accept_step", t, t1, state)
             if stepper.work.varies:
                 stats.further += step.further
             yield step
             state, t = stepper.end(step), t1
+            if setting.cuts(t):
+                state = stepper.begin(setting.starting(state.t), state.y)
         else:
             stats.rejected += 1
+            told("reject_step", t, t1, state)
         del step  # so that its stages are freed before the next ones are made
 
 

@@ -1,6 +1,6 @@
 """Where steps end: on a fixed grid, or where the error estimate says."""
 
-from symplectic_adjoint.controllers._base import Controller, Pace, Setting
+from symplectic_adjoint.controllers._base import Controller, Pace, Setting, no_times, number
 from symplectic_adjoint.controllers.adaptive import Adaptive, AdaptivePace
 from symplectic_adjoint.controllers.fixed import FixedGrid, GridPace
 from symplectic_adjoint.controllers.sensitivities import SensitivityControl
@@ -14,4 +14,6 @@ __all__ = [
     "Pace",
     "SensitivityControl",
     "Setting",
+    "no_times",
+    "number",
 ]

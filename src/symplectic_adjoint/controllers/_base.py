@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from symplectic_adjoint._errors import NonFiniteError, NonlinearSolveError
-from symplectic_adjoint._types import as_float
+from symplectic_adjoint._errors import ArgumentError, NonFiniteError, NonlinearSolveError
+from symplectic_adjoint._types import Time, as_float, one_sided
 from symplectic_adjoint.field import Field, Stage
 from symplectic_adjoint.steppers import Stepper
 
@@ -27,6 +27,8 @@ class Setting:
         grid: The step times where they are known beforehand, otherwise empty.
         inputs: What requires grad, by name: ``"y0"``, and what stands during the solve for each
             tensor that ``f`` depends on.
+        jumps: Times at which ``f`` jumps. A step that ends there sees ``f`` as it was before, and
+            the next one begins anew.
     """
 
     end: float
@@ -35,6 +37,22 @@ class Setting:
     atol: float | Tensor
     grid: Sequence[float] = ()
     inputs: Sequence[tuple[str, Tensor]] = ()
+    jumps: Collection[float] = frozenset()
+
+    def starting(self, t: Time, value: float | None = None) -> Time:
+        """A time (and its value) as the start of a step, which sees ``f`` after a jump."""
+        return one_sided(t, self.direction) if self._jumps_at(t, value) else t
+
+    def ending(self, t: Time, value: float | None = None) -> Time:
+        """A time (and its value) as the end of a step, which sees ``f`` before a jump."""
+        return one_sided(t, -self.direction) if self._jumps_at(t, value) else t
+
+    def _jumps_at(self, t: Time, value: float | None) -> bool:
+        return bool(self.jumps) and (as_float(t) if value is None else value) in self.jumps
+
+    def cuts(self, t: float) -> bool:
+        """Whether the step after the one that ends at ``t`` begins anew."""
+        return t != self.end and t in self.jumps
 
 
 class Pace(Protocol):
@@ -71,6 +89,29 @@ class Controller(Protocol):
     def begin(self, field: Field, stepper: Stepper, state: Any, setting: Setting) -> Pace:
         """Start pacing a solve from ``state``."""
         ...
+
+
+def number(name: str, value: Any) -> float:
+    """An option that is a number, as a float.
+
+    Raises:
+        ArgumentError: It is none, or a tensor that requires grad.
+    """
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ArgumentError(
+            f"{name} requires grad, but step-size control is not differentiated; detach it"
+        )
+    try:
+        if isinstance(value, str | bool):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"{name} = {value!r} must be a number") from error
+
+
+def no_times() -> Tensor:
+    """No times at all."""
+    return torch.empty(0, dtype=torch.float64)
 
 
 def non_finite(

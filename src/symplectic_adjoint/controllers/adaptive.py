@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -18,9 +19,14 @@ from symplectic_adjoint._errors import (
     StepUnderflowError,
 )
 from symplectic_adjoint._types import Norm, as_float
-from symplectic_adjoint.controllers._base import Pace, Setting, finite, non_finite
+from symplectic_adjoint.controllers._base import Pace, Setting, finite, no_times, non_finite, number
 from symplectic_adjoint.field import Field, Stage
 from symplectic_adjoint.steppers import Stepper
+
+_NUMBERS = (
+    *("pcoeff", "icoeff", "dcoeff", "safety", "factor_min", "factor_max"),
+    *("min_step", "max_step", "first_step"),
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,11 @@ class Adaptive:
         max_steps: Greatest number of attempted steps.
         first_step: Size of the first step; chosen from two evaluations where None.
         norm: Norm of the scaled error; root mean square where None.
+        step_t: Times (K,) at which a step shall end, such as kinks of ``func``; in any order. Those
+            outside of the interval do not matter.
+        jump_t: Times (J,) at which ``func`` jumps, likewise. There the step before sees ``func`` as
+            it was, and the step after begins with a new evaluation just past the jump. A tensor
+            that requires grad receives its gradient.
 
     Example:
         >>> Adaptive(max_step=0.1).max_step
@@ -65,8 +76,17 @@ class Adaptive:
     max_steps: int = 2**31 - 1
     first_step: float | None = None
     norm: Norm | None = None
+    step_t: Tensor | Sequence[float] | None = None
+    jump_t: Tensor | Sequence[float] | None = None
 
     def __post_init__(self) -> None:
+        for name in _NUMBERS:
+            if (value := getattr(self, name)) is not None and type(value) is not float:
+                object.__setattr__(self, name, number(name, value))
+        if type(self.max_steps) is not int:
+            object.__setattr__(self, "max_steps", int(number("max_steps", self.max_steps)))
+        if self.norm is not None and not callable(self.norm):
+            raise ArgumentError(f"norm = {self.norm!r} must be a function of the state")
         checks = {
             "safety": 0 < self.safety <= 1,
             "factor_min": 0 < self.factor_min < 1,
@@ -83,6 +103,12 @@ class Adaptive:
                     "0 < factor_min < 1 <= factor_max, 0 <= min_step < max_step, max_steps >= 1, "
                     "first_step > 0"
                 )
+        stops = torch.cat([_times("step_t", self.step_t), _times("jump_t", self.jump_t)]).tolist()
+        repeated = [t for t, count in collections.Counter(stops).items() if count > 1]
+        if repeated:
+            raise ArgumentError(
+                f"step_t and jump_t name t = {repeated[0]} more than once; remove the repetition"
+            )
 
     @classmethod
     def pi(cls, **options: Any) -> Self:
@@ -107,13 +133,31 @@ class Adaptive:
             )
         _check_tolerances(setting)
         pace = AdaptivePace(self, setting, stepper.error_order)
+        pace.stops.extend(self._stops(as_float(state.t), setting))
         pace.h = self._first(field, stepper, state, pace)
         return pace
+
+    def jumps(self, start: float, end: float) -> Tensor:
+        """The times from start to end at which ``func`` jumps, float64 on the graph of ``jump_t``.
+
+        Example:
+            >>> Adaptive(jump_t=[0.7, 2.0, 0.2]).jumps(1.0, 0.0).tolist()
+            [0.7, 0.2]
+        """
+        times = _times("jump_t", self.jump_t)
+        return times[(times.detach() - start) * (times.detach() - end) <= 0]
+
+    def _stops(self, start: float, setting: Setting) -> list[float]:
+        """Where steps have to end before the last one, in their order."""
+        given = torch.cat([_times("step_t", self.step_t), _times("jump_t", self.jump_t)]).tolist()
+        inside = [t for t in given if (t - start) * (t - setting.end) < 0]
+        return sorted(inside, reverse=setting.direction < 0)
 
     def _first(self, field: Field, stepper: Stepper, state: Any, pace: AdaptivePace) -> float:
         if self.first_step is not None:
             return min(self.first_step, self.max_step)
-        span = abs(pace.setting.end - as_float(state.t))
+        t = as_float(state.t)
+        span = abs(pace.next_stop(t) - t)
         return min(
             max(_select_first_step(field, stepper, state, pace, span), self.min_step), self.max_step
         )
@@ -121,7 +165,7 @@ class Adaptive:
 
 @dataclass
 class AdaptivePace:
-    """An adaptive controller at work: the current size and the last errors."""
+    """An adaptive controller at work: the current size, the last errors, where to stop."""
 
     controller: Adaptive
     setting: Setting
@@ -134,6 +178,7 @@ class AdaptivePace:
     )
     failed: NonFiniteError | NonlinearSolveError | None = None
     _tolerances: tuple[Tensor, Tensor] | None = None
+    stops: collections.deque[float] = field(default_factory=collections.deque)
 
     def propose(self, t: float) -> float:
         if self.attempts >= self.controller.max_steps:
@@ -143,9 +188,9 @@ class AdaptivePace:
                 "rtol/atol, raise max_steps, or use a stiffer method if the steps keep shrinking."
             )
         self.attempts += 1
-        left = abs(self.setting.end - t)
-        if self.h >= left * (1 - 1e-10):
-            return self.setting.end
+        stop = self.next_stop(t)
+        if self.h >= abs(stop - t) * (1 - 1e-10):
+            return stop
         t1 = t + self.setting.direction * self.h
         if t1 == t:
             if self.failed is not None:
@@ -157,6 +202,12 @@ class AdaptivePace:
             )
         return t1
 
+    def next_stop(self, t: float) -> float:
+        """Where the step from ``t`` has to end at the latest."""
+        while self.stops and (self.stops[0] - t) * self.setting.direction <= 0:
+            self.stops.popleft()
+        return self.stops[0] if self.stops else self.setting.end
+
     def accepts(self, field: Field, stepper: Stepper, step: Any, t: float, t1: float) -> bool:
         # Not abs(t1 - t) alone, which rounds: a rejected size has to shrink at every attempt.
         h = min(self.h, abs(t1 - t))
@@ -166,12 +217,12 @@ class AdaptivePace:
             self._reject_non_finite(field, stepper, step, t, h)
             return False
         accepted = error <= 1.0 or h <= self.controller.min_step
-        self.h = min(
-            max(h * self._factor(error, accepted), self.controller.min_step),
-            self.controller.max_step,
-        )
+        size = h * self._factor(error, accepted)
         if accepted:
+            # A step that was cut short says nothing against the size it would have had.
+            size = max(size, self.h)
             self.errors = (max(error, 1e-10), self.errors[0])
+        self.h = min(max(size, self.controller.min_step), self.controller.max_step)
         return accepted
 
     def fail(self, error: NonlinearSolveError, t: float, t1: float) -> None:
@@ -261,9 +312,32 @@ def _select_first_step(
     return min(100 * h0, h1, span)
 
 
+def _times(name: str, times: Tensor | Sequence[float] | None) -> Tensor:
+    """Times as a float64 tensor on the CPU, on the caller's graph.
+
+    Raises:
+        ArgumentError: They are no 1-D sequence of finite real numbers.
+    """
+    if times is None:
+        return no_times()
+    try:
+        result = torch.as_tensor(times)
+        if result.is_complex() or result.dtype == torch.bool:
+            raise TypeError
+        result = result.to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"{name} = {times!r} must be a 1-D tensor or list of times") from error
+    if result.ndim != 1 or not bool(torch.isfinite(result.detach()).all()):
+        raise ArgumentError(
+            f"{name} must be a 1-D tensor or list of finite times, e.g. torch.tensor([0.5]), but "
+            f"is {times!r}"
+        )
+    return result
+
+
 def _check_tolerances(setting: Setting) -> None:
     for name, value in (("rtol", setting.rtol), ("atol", setting.atol)):
-        low = float(value.min()) if isinstance(value, Tensor) else float(value)
+        low = float(value.min()) if isinstance(value, Tensor) else value
         if not 0 <= low < math.inf:
             raise ArgumentError(f"{name} = {value} must be non-negative and finite")
     if not any(isinstance(x, Tensor) or x > 0 for x in (setting.rtol, setting.atol)):

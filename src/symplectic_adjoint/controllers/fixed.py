@@ -12,7 +12,7 @@ from torch import Tensor
 
 from symplectic_adjoint._errors import ArgumentError, NonlinearSolveError
 from symplectic_adjoint._types import Func
-from symplectic_adjoint.controllers._base import Setting, finite, non_finite
+from symplectic_adjoint.controllers._base import Setting, finite, non_finite, number
 from symplectic_adjoint.field import Field
 from symplectic_adjoint.steppers import Stepper
 
@@ -26,6 +26,8 @@ class FixedGrid:
             ``t[0]``. Without it, and without ``grid_constructor``, the grid is ``t`` itself.
         grid_constructor: ``(func, y0, t) -> grid``, a 1-D tensor from ``t[0]`` to ``t[-1]``. Where
             it is computed from ``t`` differentiably, gradients with respect to ``t`` follow it.
+        perturb: Evaluate ``func`` just after the time at which each step starts and just before the
+            time at which it ends, so that a jump of ``func`` may lie on the grid.
 
     Example:
         >>> t = torch.tensor([0.0, 1.0])
@@ -35,11 +37,20 @@ class FixedGrid:
 
     step_size: float | None = None
     grid_constructor: Callable[[Func, Any, Tensor], Tensor] | None = None
+    perturb: bool = False
 
     def __post_init__(self) -> None:
         if self.step_size is not None and self.grid_constructor is not None:
             raise ArgumentError("give step_size or grid_constructor, not both")
-        if self.step_size is not None and not 0 < float(self.step_size) < math.inf:
+        if self.step_size is not None:
+            object.__setattr__(self, "step_size", number("step_size", self.step_size))
+        if self.grid_constructor is not None and not callable(self.grid_constructor):
+            raise ArgumentError(
+                f"grid_constructor = {self.grid_constructor!r} must be a function of (func, y0, t)"
+            )
+        if self.perturb not in (False, True):
+            raise ArgumentError(f"perturb = {self.perturb!r} must be True or False")
+        if self.step_size is not None and not 0 < self.step_size < math.inf:
             raise ArgumentError(f"step_size = {self.step_size} must be positive and finite")
 
     def grid(self, func: Any, y0: Any, t: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from symplectic_adjoint._errors import ArgumentError, NonlinearSolveError, UnknownNameError
-from symplectic_adjoint._types import Norm, Time, as_float
+from symplectic_adjoint._types import Norm, Time, as_float, one_sided, side_of
 from symplectic_adjoint.controllers._base import Pace, Setting
 from symplectic_adjoint.controllers.adaptive import Adaptive
 from symplectic_adjoint.field import Field, RandomState, Stage
@@ -108,7 +108,7 @@ class SensitivityControl(Adaptive):
         first = [torch.zeros_like(y) if dy is None else dy for dy, _ in directions]
         z = torch.stack([y, *first])
         tangents = TangentField(field, z, setting.inputs, [parts for _, parts in directions])
-        start = stepper.begin(as_float(state.t), z)
+        start = stepper.begin(_plain(state.t), z)
         before = RandomState(field.device)
         with before.restored():
             stepper.slope(tangents, start)
@@ -266,8 +266,12 @@ class TangentField(Field):
         return f"the derivative of {where} along direction {row - 1}" if row else where
 
 
-def _plain(t: Time) -> float:
-    return as_float(t) if isinstance(t, Tensor) else t
+def _plain(t: Time) -> Time:
+    """A time without its graph, seen from the same side."""
+    if not isinstance(t, Tensor):
+        return t
+    side = side_of(t)
+    return one_sided(as_float(t), side) if side else as_float(t)
 
 
 def _below(name: str, path: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 
 from symplectic_adjoint._errors import ArgumentError
+from symplectic_adjoint._tree import StateSpec
 from symplectic_adjoint._types import Time
 from symplectic_adjoint.accumulate import InPlace
+from symplectic_adjoint.callbacks import Callbacks
 from symplectic_adjoint.capture import Capture
+from symplectic_adjoint.controllers import Setting
 from symplectic_adjoint.field import DetachedField, Field, StageGraph
 from symplectic_adjoint.loop import Outputs, SolveShape, Stats
 from symplectic_adjoint.steppers import ScipySolver, Stepper
@@ -33,10 +37,25 @@ class Record:
     Attributes:
         saved: Tensors and random states.
         graphs: The stages on the autograd tape, where they are kept; emptied when used.
+        end: The state at its end, where the next step begins anew; otherwise None.
     """
 
     saved: Saved
     graphs: Sequence[StageGraph | None] = ()
+    end: Saved | None = None
+
+    @property
+    def tensors(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """What is kept of the step, and of the state at its end."""
+        return self.saved.tensors, () if self.end is None else self.end.tensors
+
+    def holding(self, saved: Sequence[Tensor], end: Sequence[Tensor]) -> Record:
+        """The same with others in the place of ``tensors``."""
+        return Record(
+            self.saved._replace(tensors=saved),
+            self.graphs,
+            None if self.end is None else self.end._replace(tensors=end),
+        )
 
 
 @dataclass
@@ -77,13 +96,36 @@ class Sweep:
     g: Tensor
     reversal: Reversal
     out_times: Tensor | None
-    setting: Any
+    setting: Setting
     controller: Any
     wants_state: bool
+    callbacks: Callbacks
+    spec: StateSpec
     replay: Callable[[Sequence[Tensor]], tuple[Tensor, Field]]
     memo: dict[str, Any]
     own: Stats = dataclasses.field(default_factory=Stats)
     _pending: list[tuple[int, Outputs, DenseCotangent]] = dataclasses.field(default_factory=list)
+
+    def start(self, n: int) -> Time:
+        """Where step ``n`` starts."""
+        return self.setting.starting(self.nodes[n])
+
+    def stop(self, n: int) -> Time:
+        """Where step ``n`` ends."""
+        return self.setting.ending(self.nodes[n + 1])
+
+    def tell(self, n: int, y: Tensor, lam: Tensor, moment: str) -> None:
+        """Tell ``func`` of the reversal of step ``n``, from ``y`` and its cotangent at its end."""
+
+        def state() -> tuple[Any, ...]:
+            shares = (
+                torch.zeros_like(x) if x.grad is None else x.grad.clone()
+                for x in self.field.aliases
+            )
+            zero = y.new_zeros((), dtype=self.field.time_dtype)
+            return (zero, self.spec.unflatten(y), self.spec.unflatten(lam), *shares)
+
+        self.callbacks(moment, self.nodes[n + 1], self.nodes[n], state)
 
     def place(self, n: int) -> Tensor:
         """Places of the dense outputs within step ``n``."""
@@ -97,7 +139,7 @@ class Sweep:
             return None
         g = self.g[outputs.first : outputs.stop]
         dense = DenseCotangent(self.place(n), g)
-        if self.out_times is not None:
+        if self.out_times is not None or self.reversal.times is not None:
             dense.slopes = torch.zeros(len(g), dtype=torch.float64, device=g.device)
             self._pending.append((n, outputs, dense))
         return dense
@@ -106,9 +148,9 @@ class Sweep:
         """Turn the cotangents of places into those of output times and step times."""
         for n, outputs, dense in self._pending:
             assert dense.slopes is not None
-            assert self.out_times is not None
             slope = dense.slopes / (self.nodes[n + 1] - self.nodes[n])
-            self.out_times[outputs.first : outputs.stop] += slope
+            if self.out_times is not None:
+                self.out_times[outputs.first : outputs.stop] += slope
             if (times := self.reversal.times) is not None:
                 theta = dense.theta.to(slope.device)
                 times.values[n] += ((theta - 1) * slope).sum()
@@ -204,40 +246,79 @@ def stagewise(sweep: Sweep, step_at: Callable[[int, Any], Any]) -> Tensor:
         The cotangent of ``y0``.
     """
     stepper = sweep.stepper
-    end = stepper.resume(sweep.nodes[-1], sweep.end, sweep.end_token)
+    end_time = sweep.setting.ending(sweep.nodes[-1])
+    end = stepper.resume(end_time, sweep.end, sweep.end_token)
     cotangent = Cotangent(torch.zeros_like(sweep.y0))
     for n in reversed(range(len(sweep.outputs))):
+        if (kept := sweep.records[n].end) is not None and n + 1 < len(sweep.outputs):
+            cotangent = Cotangent(_begun(sweep, n + 1, kept.tensors[0], end, cotangent))
+            end = stepper.resume(sweep.stop(n), kept.tensors, *kept.tokens)
         hit = sweep.outputs[n].hit
         if hit is not None:
             cotangent.y = cotangent.y + sweep.g[hit]
+        told = functools.partial(sweep.tell, n, end.y, cotangent.y)
+        told("step")
         step = step_at(n, end)
         cotangent = stepper.transpose(sweep.reversal, n, step, cotangent, sweep.dense(n))
+        told("accept_step")
         end = step.start
         del step  # so that its stages are freed before the next ones are computed again
-    tokens = sweep.records[0].saved.tokens if sweep.records else ()
-    begin = stepper.resume(sweep.nodes[0], (sweep.y0,), tokens[0] if tokens else None)
-    begin.node.graph = end.node.graph
-    lam = stepper.transpose_begin(sweep.reversal, begin, cotangent)
+    lam = _begun(sweep, 0, sweep.y0, end, cotangent)
     sweep.finish_times()
     return lam + sweep.g[0]
+
+
+def _begun(sweep: Sweep, n: int, y: Tensor, state: Any, cotangent: Cotangent) -> Tensor:
+    """The cotangent of ``y``, with which step ``n`` began anew, from that of the state there."""
+    tokens = sweep.records[n].saved.tokens if sweep.records else ()
+    begin = sweep.stepper.resume(sweep.start(n), (y,), tokens[0] if tokens else None)
+    begin.node.graph = state.node.graph
+    return sweep.stepper.transpose_begin(sweep.reversal, begin, cotangent, n)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Recorded steps, to be taken again.
+
+    Attributes:
+        times: Step times; those that carry a graph as 0-dim tensors.
+        values: The same as floats.
+        setting: Where ``f`` jumps.
+    """
+
+    times: Sequence[Time]
+    values: Sequence[float]
+    setting: Setting
+
+    def start(self, n: int) -> Time:
+        """Where step ``n`` starts."""
+        return self.setting.starting(self.times[n], self.values[n])
+
+    def stop(self, n: int) -> Time:
+        """Where step ``n`` ends."""
+        return self.setting.ending(self.times[n + 1], self.values[n + 1])
+
+    def cut(self, n: int) -> bool:
+        """Whether the step after step ``n`` begins anew."""
+        return self.setting.cuts(self.values[n + 1])
 
 
 def replay(
     field: Field,
     stepper: Stepper,
     state: Any,
-    nodes: Sequence[Time],
+    grid: Grid,
     outputs: Sequence[Outputs],
     tokens: Sequence[Sequence[Any]],
     times: Tensor,
 ) -> tuple[Any, list[tuple[int, Tensor]]]:
-    """Take recorded steps again, on the graph of ``state``, ``nodes`` and ``times``.
+    """Take recorded steps again, on the graph of ``state``, ``grid`` and ``times``.
 
     Args:
         field: The field that keeps graphs.
         stepper: The method.
         state: Where to start.
-        nodes: Step times; those that carry a graph as 0-dim tensors.
+        grid: Which steps.
         outputs: The outputs that each step holds.
         tokens: Random states of each step's stages.
         times: Output times, float64 on the CPU.
@@ -246,16 +327,18 @@ def replay(
         The last state, and the outputs as (index of the first, values (m, ...)).
     """
     parts = []
-    for t1, held, drawn in zip(nodes[1:], outputs, tokens, strict=True):
+    for n, (held, drawn) in enumerate(zip(outputs, tokens, strict=True)):
         if drawn:  # the node between two steps may have been evaluated after the first was kept
             state.node.token = drawn[0]
-        step = stepper.step(field, state, t1, drawn)
+        step = stepper.step(field, state, grid.stop(n), drawn)
         if held.dense:
-            theta = (times[held.first : held.stop] - step.start.t) / (t1 - step.start.t)
+            theta = (times[held.first : held.stop] - step.start.t) / (step.t1 - step.start.t)
             parts.append((held.first, stepper.interpolate(field, step, theta)))
         if held.hit is not None:
             parts.append((held.hit, step.y1.unsqueeze(0)))
         state = stepper.end(step)
+        if grid.cut(n):
+            state = stepper.begin(grid.start(n + 1), state.y)
     return state, parts
 
 
@@ -290,10 +373,14 @@ def _segment(
     nodes, time_leaves = _time_leaves(sweep, first, last)
     times = sweep.times.detach().requires_grad_(sweep.out_times is not None)
     saved = records[0].saved
-    kept = [x.detach().requires_grad_() for x in (saved.tensors if first else (sweep.y0,))]
+    # A step that began anew depends on the solution alone, and not on all that it then carried.
+    begun = first == 0 or sweep.records[first - 1].end is not None
+    starting = (saved.tensors[:1] if first else (sweep.y0,)) if begun else saved.tensors
+    kept = [x.detach().requires_grad_() for x in starting]
     tokens = [r.saved.tokens for r in records]
-    state = stepper.resume(nodes[0], kept, tokens[0][0] if tokens[0] else None)
-    end, parts = replay(field, stepper, state, nodes, sweep.outputs[first:last], tokens, times)
+    grid = Grid(nodes, sweep.nodes[first : last + 1], sweep.setting)
+    state = stepper.resume(grid.start(0), kept, tokens[0][0] if tokens[0] else None)
+    end, parts = replay(field, stepper, state, grid, sweep.outputs[first:last], tokens, times)
     pairs = list(zip(stepper.carried(end), cotangent, strict=False))
     pairs += [(y, sweep.g[i : i + len(y)]) for i, y in parts]
     pairs = [(y, g) for y, g in pairs if g is not None and y.requires_grad]

@@ -21,7 +21,6 @@ from symplectic_adjoint.gradients.symplectic import Symplectic
 from symplectic_adjoint.loop import Outputs, Stats
 from symplectic_adjoint.problem import Problem
 from symplectic_adjoint.steppers import Stepper
-from symplectic_adjoint.steppers._base import Saved
 
 
 class Dense:
@@ -82,12 +81,17 @@ class RecordedDense(Dense):
     """Evaluates the stages of the steps asked for again, and attaches the outputs like a solve."""
 
     def __init__(
-        self, problem: Problem, tape: Tape, saved: list[Saved], step_times: Tensor, wants_grad: bool
+        self,
+        problem: Problem,
+        tape: Tape,
+        records: Sequence[Record],
+        step_times: Tensor,
+        wants_grad: bool,
     ) -> None:
         super().__init__(problem, tape.nodes)
         self.tape = tape
         self.end = tape.end
-        self.saved = saved
+        self.records = records
         self.step_times = step_times
         self.wants_grad = wants_grad
 
@@ -118,17 +122,19 @@ class RecordedDense(Dense):
                 if stop == first:
                     continue
                 t, t1 = self.tape.nodes[n : n + 2]
-                step = stepper.load(field, t, t1, self.saved[n], self._end(n), dense=True)
+                nodes = self.tape.setting.starting(t), self.tape.setting.ending(t1)
+                saved = self.records[n].saved
+                step = stepper.load(field, *nodes, saved, self._end(n), dense=True)
                 theta = (times[first:stop] - t) / (t1 - t)
                 parts.append(stepper.interpolate(field, step, theta))
         return torch.cat(parts)
 
     def _end(self, n: int) -> Any:
-        last = n + 1 == len(self.saved)
-        tensors = self.end if last else self.saved[n + 1].tensors
-        tokens = () if last else self.saved[n + 1].tokens
-        token = self.tape.end_token if last else tokens[0] if tokens else None
-        return self.tape.stepper.resume(self.tape.nodes[n + 1], tensors, token)
+        t1 = self.tape.setting.ending(self.tape.nodes[n + 1])
+        if n + 1 == len(self.records):
+            return self.tape.stepper.resume(t1, self.end, self.tape.end_token)
+        tensors, tokens, _ = self.records[n].end or self.records[n + 1].saved
+        return self.tape.stepper.resume(t1, tensors, tokens[0] if tokens else None)
 
     def _tape(self, outputs: Sequence[Outputs]) -> Tape:
         strategy = Symplectic() if self.tape.strategy.exact else self.tape.strategy
@@ -137,7 +143,7 @@ class RecordedDense(Dense):
             strategy=strategy,
             aliases=(),
             outputs=outputs,
-            records=[Record(saved) for saved in self.saved],
+            records=[replace(record) for record in self.records],
             end=self.end,
             stats=Stats(),
         )

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from symplectic_adjoint._errors import SecondDerivativeError
+from symplectic_adjoint._tree import StateSpec
 from symplectic_adjoint._types import FlatFunc, Time
+from symplectic_adjoint.callbacks import Callbacks
 from symplectic_adjoint.capture import Capture, detached, has_tangent, transformed, varies
 from symplectic_adjoint.controllers import Controller, Setting
 from symplectic_adjoint.field import DetachedField, Field, GraphField, TangentField
-from symplectic_adjoint.gradients._base import Record, Strategy, Sweep, replay
+from symplectic_adjoint.gradients._base import Grid, Record, Strategy, Sweep, replay
 from symplectic_adjoint.gradients._derived import Pull, Push, Shelf, Value, derived, tangents_like
 from symplectic_adjoint.loop import Outputs, Stats
 from symplectic_adjoint.steppers import Stepper
@@ -45,6 +47,8 @@ class Tape:
         stats: Counts, completed by the backward pass.
         autocast: Autocast state of the forward pass.
         leafy: Whether ``func`` needs an argument that requires grad.
+        callbacks: What ``func`` wants to be told of backward passes.
+        spec: How the caller's state maps onto the flat one.
         memo: What the strategy remembers from one backward pass to the next.
     """
 
@@ -64,6 +68,8 @@ class Tape:
     stats: Stats
     autocast: Autocast
     leafy: bool
+    callbacks: Callbacks
+    spec: StateSpec
     memo: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def release(self) -> list[Tensor]:
@@ -72,9 +78,11 @@ class Tape:
         counts = [len(tensors)]
         self.end = ()
         for record in self.records:
-            tensors += record.saved.tensors
-            counts.append(len(record.saved.tensors))
-            record.saved = record.saved._replace(tensors=())
+            for part in record.tensors:
+                tensors += part
+                counts.append(len(part))
+            emptied = record.holding((), ())
+            record.saved, record.end = emptied.saved, emptied.end
         self._counts = counts
         return tensors
 
@@ -85,8 +93,8 @@ class Tape:
             parts.append(tensors[position : position + count])
             position += count
         records = [
-            Record(record.saved._replace(tensors=part), record.graphs)
-            for part, record in zip(parts[1:], self.records, strict=True)
+            record.holding(saved, end)
+            for saved, end, record in zip(parts[1::2], parts[2::2], self.records, strict=True)
         ]
         for record in self.records:
             record.graphs = ()
@@ -247,7 +255,10 @@ def _reversed(
             wants_state=needs[0],
             replay=functools.partial(replayed, tape),
             memo=tape.memo,
+            callbacks=tape.callbacks,
+            spec=tape.spec,
         )
+        tape.callbacks.renew()
         lam = tape.strategy.reverse(sweep)
     _write_stats(tape.stats, field, sweep.own)
     grads = field.sums.totals()
@@ -273,8 +284,9 @@ def replayed(tape: Tape, inputs: Sequence[Tensor]) -> tuple[Tensor, Field]:
         knots: list[Time] = list(tape.nodes)
         if varies(nodes):
             knots = [nodes[n] if tape.wanted(n) else t for n, t in enumerate(knots)]
-        state = tape.stepper.resume(knots[0], (y0,), tokens[0][0] if any(tokens) else None)
-        _, parts = replay(field, tape.stepper, state, knots, tape.outputs, tokens, times)
+        grid = Grid(knots, tape.nodes, tape.setting)
+        state = tape.stepper.resume(grid.start(0), (y0,), tokens[0][0] if any(tokens) else None)
+        _, parts = replay(field, tape.stepper, state, grid, tape.outputs, tokens, times)
     return torch.cat([y0.unsqueeze(0), *(part for _, part in parts)]), field
 
 

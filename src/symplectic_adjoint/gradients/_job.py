@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from symplectic_adjoint._errors import SolveError, Status
-from symplectic_adjoint._types import FlatFunc, Time
+from symplectic_adjoint._types import FlatFunc, as_float
+from symplectic_adjoint.callbacks import Callbacks
 from symplectic_adjoint.capture import Capture, detached, has_tangent, varies
 from symplectic_adjoint.controllers import Controller, FixedGrid, GridPace, Setting
 from symplectic_adjoint.events import Crossing, FlatEvent, Watch
@@ -51,6 +53,7 @@ class Job:
     problem: Problem
     grid: Tensor | None
     regrid: Callable[[Tensor], Tensor | None]
+    jumps: Tensor
     stepper: Stepper
     controller: Controller
     strategy: Strategy
@@ -59,6 +62,8 @@ class Job:
     report: Callable[[float], None] | None
     keep_dense: bool
     events: Sequence[FlatEvent] = ()
+    callbacks: Callbacks = dataclasses.field(default_factory=Callbacks)
+    adjoint_callbacks: Callbacks = dataclasses.field(default_factory=Callbacks)
     random: bool = False
     spent: int = 0
 
@@ -70,17 +75,23 @@ class Job:
             rtol=self.rtol,
             atol=self.atol,
             grid=() if self.grid is None else self.grid.tolist(),
+            jumps=frozenset(self.jumps.tolist()),
         )
 
     @property
     def inputs(self) -> list[Tensor]:
         """What derivatives may be wanted of."""
-        return [self.problem.y0, self.problem.t, *self.capture.tensors]
+        return [self.problem.y0, *self._times, *self.capture.tensors]
+
+    @property
+    def _times(self) -> list[Tensor]:
+        given = [] if self.grid is None or self.grid is self.problem.t else [self.grid]
+        return [self.problem.t, self.jumps, *given]
 
     @property
     def wants_time(self) -> bool:
-        t = self.problem.t
-        return has_tangent(t) or (torch.is_grad_enabled() and varies(t))
+        wanted = torch.is_grad_enabled()
+        return any(has_tangent(x) or (wanted and varies(x)) for x in self._times)
 
     @property
     def wants_grad(self) -> bool:
@@ -117,11 +128,25 @@ class Job:
         if self.grid is not None:
             return self.grid[: len(reached)]
         nodes = torch.tensor(reached, dtype=torch.float64)
-        if not self.wants_time or len(reached) < 2:
+        knots = self.knots()
+        moving = [n for n, t in enumerate(reached) if t in knots]
+        if not moving:
             return nodes
-        t = self.problem.t
-        last = t[-1:] if reached[-1] == self.problem.times[-1] else nodes[-1:]
-        return torch.cat([t[:1], nodes[1:-1], last])
+        moved = torch.stack([knots[reached[n]] for n in moving])
+        return nodes.index_copy(0, torch.tensor(moving), moved)
+
+    def knots(self) -> dict[float, Tensor]:
+        """The step times that have a gradient, by their value; a jump at an end moves nothing."""
+        if not self.wants_time:
+            return {}
+        if self.grid is not None:
+            return dict(zip(self.grid.tolist(), self.grid.unbind(), strict=True))
+        t, times = self.problem.t, self.problem.times
+        found = {times[0]: t[0], times[-1]: t[-1]} if varies(t) else {}
+        if varies(self.jumps):
+            jumps = zip(self.jumps.tolist(), self.jumps.unbind(), strict=True)
+            found |= {value: jump for value, jump in jumps if value not in (times[0], times[-1])}
+        return found
 
 
 def execute(job: Job) -> tuple[Solution, SolveError | None]:
@@ -136,7 +161,9 @@ def execute(job: Job) -> tuple[Solution, SolveError | None]:
         if job.capture.restricted:
             # Backprop alone would not notice a tensor that must be made a constant.
             before = RandomState(job.problem.y0.device)
-            explored = replace(job, strategy=Checkpoint(), report=None, keep_dense=False)
+            explored = replace(
+                job, strategy=Checkpoint(), report=None, keep_dense=False, callbacks=Callbacks()
+            )
             job.spent = settled(explored, record).job.spent
             before.set()
         return settled(job, _backprop)
@@ -168,10 +195,6 @@ def _plain_autograd(job: Job) -> bool:
 
 def _backprop(job: Job) -> tuple[Solution, SolveError | None]:
     field = GraphField(job.func, job.problem.y0)
-    nodes = job.grid if job.grid is not None else job.problem.t[[0, -1]]
-    knots = {}
-    if job.wants_time:
-        knots = dict(zip(nodes.tolist(), nodes.unbind(), strict=True))
     times = _output_times(job, job.problem.t if job.wants_time else job.problem.t.detach())
     steps: list[Any] = []
     records: list[Record] = []
@@ -184,17 +207,23 @@ def _backprop(job: Job) -> tuple[Solution, SolveError | None]:
             records.append(Checkpoint().keep(job.stepper, n, step))
 
     with job.capture.substituted(job.capture.tensors):
-        result, stats = _run(job, field, knots, times, keep, graph=True)
+        result, stats = _run(job, field, job.knots(), times, keep, graph=True)
     dense = (
         GraphDense(job.problem, job.stepper, job.capture, field, steps) if job.keep_dense else None
     )
     if result.y.requires_grad:
-        counts = job.strategy.counts(job.stepper, SolveShape.of(result.outputs, stats.further))
+        counts = job.strategy.counts(job.stepper, _shape(job, result, stats))
         result.y.register_hook(functools.partial(_write_counts, stats, counts, field))
     tape = _tape(job, field, result, stats, records, ())
     random = bool(job.events) and not drawn.same(RandomState(field.device))
     y, crossing = _crossing(job, field, result, tape, result.y, random)
     return _solution(job, result, stats, y, dense, crossing), result.error
+
+
+def _shape(job: Job, result: Run, stats: Stats) -> SolveShape:
+    setting, final = job.setting, len(result.outputs) - 1
+    last = [n for n, t in enumerate(result.nodes[1:]) if n == final or setting.cuts(t)]
+    return SolveShape.of(result.outputs, last, stats.further)
 
 
 def _write_counts(stats: Stats, counts: Counts, field: Field, g: Tensor) -> None:
@@ -222,7 +251,7 @@ class Recorded:
     stats: Stats
     field: Field
     tape: Tape
-    saved: list[Saved]
+    saved: list[Record]
 
     def attached(self) -> Tensor:
         """The outputs on the graph of the job's y0, t and captured tensors."""
@@ -262,10 +291,11 @@ def record(job: Job) -> Recorded:
     aliases = detached(job.capture.tensors)
     y0 = job.problem.y0
     records: list[Record] = []
-    saved: list[Saved] = []
+    dense_records: list[Record] = []
     drawn = RandomState(y0.device)
     wanted = wants_grad or job.wants_tangent
     recomputes = wanted or job.keep_dense
+    setting = job.setting
 
     def keep(n: int, step: Any, outputs: Outputs) -> None:
         if recomputes and not job.random and not drawn.same(RandomState(y0.device)):
@@ -273,11 +303,12 @@ def record(job: Job) -> Recorded:
             raise Rediscovered
         if n == 0:
             records.clear()
-            saved.clear()
+            dense_records.clear()
+        end = _cut(job.stepper, step) if setting.cuts(as_float(step.t1)) else None
         if wanted:
-            records.append(strategy.keep(job.stepper, n, step))
+            records.append(replace(strategy.keep(job.stepper, n, step), end=end))
         if job.keep_dense:
-            saved.append(job.stepper.save(step, stages=True))
+            dense_records.append(Record(job.stepper.save(step, stages=True), end=end))
 
     with torch.enable_grad(), job.capture.substituted(aliases):
         field = strategy.forward_field(job.func, y0.detach(), aliases, capture, job.wants_time)
@@ -285,7 +316,13 @@ def record(job: Job) -> Recorded:
         times = _output_times(job, job.problem.t.detach())
         result, stats = _run(job, field, {}, times, keep, graph=False)
     tape = _tape(job, field, result, stats, records, aliases)
-    return Recorded(job, result, stats, field, tape, saved)
+    return Recorded(job, result, stats, field, tape, dense_records)
+
+
+def _cut(stepper: Stepper, step: Any) -> Saved:
+    """The state at the end of a step, of which the next one takes the solution alone."""
+    end = stepper.end(step)
+    return Saved(stepper.carried(end), (end.node.token,))
 
 
 def _run(
@@ -302,20 +339,24 @@ def _run(
     field.locate = job.problem.spec.locate
     t0 = job.problem.times[0]
     y0 = job.problem.y0 if graph else job.problem.y0.detach()
-    start: Time = knots.get(t0, t0)
+    setting = job.setting
+    start = setting.starting(knots.get(t0, t0))
     state = job.stepper.begin(start, y0)
     before = RandomState(field.device)
 
     watch = Watch(job.events) if job.events else None
+    job.callbacks.restart()
+
+    def told(moment: str, t: float, t1: float, at: Any) -> None:
+        job.callbacks(moment, t, t1, lambda: job.problem.spec.unflatten(at.y.detach()))
 
     def steps() -> Iterator[Any]:
         # Begun here, so that a solve that fails while it chooses its first step has a prefix, too.
-        setting = replace(job.setting, inputs=_inputs(job, field))
-        pace = job.controller.begin(field, job.stepper, state, setting)
+        own = replace(setting, inputs=_inputs(job, field))
+        pace = job.controller.begin(field, job.stepper, state, own)
         if isinstance(pace, GridPace):
             pace.checked = checked or watch is not None
-        end = job.problem.times[-1]
-        yield from integrate(field, job.stepper, pace, state, end, knots, stats)
+        yield from integrate(field, job.stepper, pace, state, setting, knots, stats, told)
 
     try:
         result = run(field, job.stepper, steps(), state, times, keep, graph, job.report, watch)
@@ -366,7 +407,7 @@ def _tape(
         controller=job.controller,
         setting=job.setting,
         nodes=result.nodes,
-        wanted=_wanted(job, len(result.nodes) - 1),
+        wanted=_wanted(job, result.nodes),
         outputs=result.outputs,
         records=records,
         end=job.stepper.carried(result.end),
@@ -374,14 +415,15 @@ def _tape(
         stats=stats,
         autocast=Autocast(field.device),
         leafy=field.leafy,
+        callbacks=job.adjoint_callbacks,
+        spec=job.problem.spec,
     )
 
 
-def _wanted(job: Job, last: int) -> Callable[[int], bool]:
+def _wanted(job: Job, nodes: Sequence[float]) -> Callable[[int], bool]:
     """Which step times may have a gradient."""
-    if job.grid is not None:
-        return lambda n: True
-    return lambda n: n in (0, last)
+    knots = job.knots()
+    return frozenset(n for n, t in enumerate(nodes) if t in knots).__contains__
 
 
 def _crossing(

@@ -33,5 +33,5 @@ class ACA(Strategy):
         work = stepper.work
         stages = shape.stages(work)
         if work.dense_node:
-            stages += work.node * (shape.dense - shape.dense_end)
+            stages += work.node * (shape.dense - shape.dense_ends)
         return Counts(stages, stages)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from symplectic_adjoint._errors import ArgumentError
-from symplectic_adjoint._types import Norm
-from symplectic_adjoint.controllers import Adaptive, GridPace
+from symplectic_adjoint._types import Norm, Time, as_float
+from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid, GridPace
 from symplectic_adjoint.field import DetachedField, RandomState, Stage
 from symplectic_adjoint.gradients._base import Counts, Record, Strategy, Sweep
 from symplectic_adjoint.loop import SolveShape, integrate
@@ -32,13 +34,20 @@ class Continuous(Strategy):
         seminorm: Leave the parameters' part, a quadrature, out of the error norm.
         rtol: Relative tolerance of the adjoint solve; the forward one's where None.
         atol: Absolute tolerance of the adjoint solve; the forward one's where None.
-        method_name: Method of the adjoint solve; the forward one's where None.
+        method_name: Method of the adjoint solve, a name or a stepper; the forward one's where None.
+        controller: Step control of the adjoint solve. Where None, the forward one's tolerances and
+            limits, or its grid backwards.
+        norm: Norm of the scaled error of the adjoint state ``(t, y, lam, *params)``, where the
+            leaves of a pytree stand in the place of ``y`` and of ``lam``; ``t`` is the cotangent of
+            time. In place of the largest of the norms of these parts.
     """
 
     seminorm: bool = True
     rtol: float | None = None
     atol: float | None = None
-    method_name: str | None = None
+    method_name: str | Stepper | None = None
+    controller: Controller | None = None
+    norm: Callable[[tuple[Tensor, ...]], Tensor] | None = None
     name = "continuous"
     exact = False
     keeps_outputs = True
@@ -69,7 +78,8 @@ class Continuous(Strategy):
 
     def stepper(self, forward: Stepper) -> Stepper:
         """The method of the adjoint solve."""
-        own = forward if self.method_name is None else get(self.method_name)
+        name = self.method_name
+        own = forward if name is None else get(name) if isinstance(name, str) else name
         if isinstance(own, ScipySolver):
             own = replace(
                 own,
@@ -119,10 +129,7 @@ class _AdjointSolve:
 
     def _move_time(self, j: int) -> Tensor:
         """Cotangent of the output time ``t_j``: the output moves along the solution."""
-        stage = Stage(float(self.sweep.times[j]), self.y[j])
-        self.sweep.field.linearize(False)
-        slope = self.sweep.field.evaluate(stage)
-        self.sweep.field.linearize(True)
+        slope = self._value(float(self.sweep.times[j]), self.y[j])
         moved = dot(slope, self.sweep.g[j])
         assert self.sweep.out_times is not None
         self.sweep.out_times[j] += moved
@@ -134,32 +141,73 @@ class _AdjointSolve:
         if start == end:
             return z
         field = DetachedField(self._slope, z, (), None)
-        state = self.stepper.begin(start, z)
-        controller = sweep.controller
+        controller = self.strategy.controller or sweep.controller
         if isinstance(self.stepper, ScipySolver):
             controller = None
         elif isinstance(sweep.stepper, ScipySolver) and self.stepper.error_order is not None:
-            controller = Adaptive()
+            controller = self.strategy.controller or Adaptive()
+        setting = replace(
+            sweep.setting,
+            end=end,
+            direction=-sweep.setting.direction,
+            rtol=sweep.setting.rtol if self.strategy.rtol is None else self.strategy.rtol,
+            atol=sweep.setting.atol if self.strategy.atol is None else self.strategy.atol,
+        )
+        if not isinstance(controller, Adaptive):
+            grid = [start, end] if controller is None else self._grid(start, end, z)
+            perturbed = isinstance(controller, FixedGrid) and controller.perturb
+            setting = replace(setting, jumps=frozenset(grid) if perturbed else setting.jumps)
+        state = self.stepper.begin(setting.starting(start), z)
         if isinstance(controller, Adaptive):
-            setting = replace(
-                sweep.setting,
-                end=end,
-                direction=-sweep.setting.direction,
-                rtol=sweep.setting.rtol if self.strategy.rtol is None else self.strategy.rtol,
-                atol=sweep.setting.atol if self.strategy.atol is None else self.strategy.atol,
-            )
-            own = replace(controller, norm=self._norm(), first_step=None)
+            first = None if self.strategy.controller is None else controller.first_step
+            own = replace(controller, norm=self._norm(), first_step=first)
             pace: Any = own.begin(field, self.stepper, state, setting)
         else:
-            steps = [start, end] if controller is None else self._grid(start, end)
-            pace = GridPace(steps)
-        for step in integrate(field, self.stepper, pace, state, end, {}, sweep.own):
+            pace = GridPace(grid)
+        for step in integrate(field, self.stepper, pace, state, setting, {}, sweep.own, self._tell):
             z = step.y1
+            self._move_jump(step.t1, z)
             del step
         return z
 
-    def _grid(self, start: float, end: float) -> list[float]:
-        """The forward grid between two outputs, backwards."""
+    def _move_jump(self, t: Time, z: Tensor) -> None:
+        """Cotangent of the time of a jump: the solution follows one slope for longer."""
+        times, setting = self.sweep.reversal.times, self.sweep.setting
+        if times is None or not setting.cuts(as_float(t)):
+            return
+        n = self.sweep.nodes.index(as_float(t))
+        if times.wanted(n):
+            y, lam, *_ = self._unpack(z)
+            before = self._value(setting.ending(self.sweep.nodes[n]), y)
+            after = self._value(setting.starting(self.sweep.nodes[n]), y)
+            times.values[n] += dot(before - after, lam)
+
+    def _value(self, t: Time, y: Tensor) -> Tensor:
+        """``f`` without a graph."""
+        self.sweep.field.linearize(False)
+        value = self.sweep.field.evaluate(Stage(t, y))
+        self.sweep.field.linearize(True)
+        return value
+
+    def _tell(self, moment: str, t: float, t1: float, state: Any) -> None:
+        def parts() -> tuple[Any, ...]:
+            time, y, lam, *params = self._parts(state.y)
+            unflatten = self.sweep.spec.unflatten
+            return (time, unflatten(y), unflatten(lam), *params)
+
+        self.sweep.callbacks(moment, t, t1, parts)
+
+    def _parts(self, z: Tensor) -> list[Tensor]:
+        """The cotangent of time, the state, its cotangent and those of captured tensors."""
+        y, lam, *rest = self._unpack(z)
+        time = rest.pop() if self.wants_time else z.new_zeros(())
+        return [time, y, lam, *rest]
+
+    def _grid(self, start: float, end: float, z: Tensor) -> list[float]:
+        """The grid between two outputs; without a controller of its own the forward one."""
+        if isinstance(own := self.strategy.controller, FixedGrid):
+            ends = torch.tensor([start, end], dtype=torch.float64)
+            return own.grid(self._slope, z, ends).tolist()
         low, high = min(start, end), max(start, end)
         return [start, *(t for t in reversed(self.sweep.nodes) if low < t < high), end]
 
@@ -179,15 +227,26 @@ class _AdjointSolve:
         return self._pack([graph.k, *(torch.zeros_like(x) if g is None else g for g, x in pairs)])
 
     def _norm(self) -> Norm:
-        """The largest root mean square of the parts that count."""
+        """The largest norm of the parts that count; the forward norm for states."""
+        if (given := self.strategy.norm) is not None:
+            return lambda z: given(self._leaves(z))
         count = 2 if self.strategy.seminorm else len(self.sizes)
+        controller = self.sweep.controller
+        forward = controller.norm if isinstance(controller, Adaptive) else None
 
         def largest(z: Tensor) -> Tensor:
             parts = [x for x in torch.split(z, self.sizes)[:count] if x.numel()]
             sizes = [torch.linalg.vector_norm(x) / math.sqrt(x.numel()) for x in parts]
+            if forward is not None:
+                sizes[:2] = (torch.as_tensor(forward(x)).to(z) for x in self._unpack(z)[:2])
             return torch.stack(sizes).max()
 
         return largest
+
+    def _leaves(self, z: Tensor) -> tuple[Tensor, ...]:
+        time, y, lam, *params = self._parts(z)
+        states = (pytree.tree_leaves(self.sweep.spec.unflatten(x)) for x in (y, lam))
+        return (time, *itertools.chain(*states), *params)
 
     def _pack(self, parts: Sequence[Tensor]) -> Tensor:
         real = [torch.view_as_real(x) if x.is_complex() else x for x in parts]

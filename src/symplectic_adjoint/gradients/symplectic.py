@@ -87,7 +87,7 @@ class Symplectic(Strategy):
         def step_at(n: int, end: Any) -> Any:
             record = sweep.records[n]
             dense = sweep.outputs[n].dense
-            nodes = sweep.nodes[n], sweep.nodes[n + 1]
+            nodes = sweep.start(n), sweep.stop(n)
             if self.store == "steps":
                 sweep.field.linearize(False)
             step = sweep.stepper.load(sweep.field, *nodes, record.saved, end, dense)
@@ -115,4 +115,4 @@ class Symplectic(Strategy):
         if self.store == "stages":
             return Counts(stages, stages)
         again = shape.accepted * work.points + shape.dense * work.dense_points + shape.further
-        return Counts(stages + again + (shape.dense_end and work.points_node), stages)
+        return Counts(stages + again + shape.dense_ends * work.points_node, stages)

@@ -249,8 +249,10 @@ class Stepper(Protocol):
         """The cotangent of a step's start from that of its end and of its dense outputs."""
         ...
 
-    def transpose_begin(self, reversal: Reversal, state: Any, cotangent: Cotangent) -> Tensor:
-        """The cotangent of ``y0`` from that of the state that starts a solve."""
+    def transpose_begin(
+        self, reversal: Reversal, state: Any, cotangent: Cotangent, n: int = 0
+    ) -> Tensor:
+        """The cotangent of ``y`` from that of the state that begins step ``n`` anew."""
         ...
 
 

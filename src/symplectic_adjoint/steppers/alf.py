@@ -204,14 +204,16 @@ class ALF:
             dense.slopes += h * (weights * products.real).sum(1)
         return Cotangent(cot_y, cot_v)
 
-    def transpose_begin(self, reversal: Reversal, state: ALFState, cotangent: Cotangent) -> Tensor:
+    def transpose_begin(
+        self, reversal: Reversal, state: ALFState, cotangent: Cotangent, n: int = 0
+    ) -> Tensor:
         if cotangent.k is None:
             return cotangent.y
         times = reversal.times
-        wants_time = times is not None and times.wanted(0)
+        wants_time = times is not None and times.wanted(n)
         pulled = reversal.field.pull(state.node, cotangent.k, wants_time)
         if times is not None and pulled.time is not None:
-            times.add_time(0, 0.0, pulled.time)
+            times.add_time(n, 0.0, pulled.time)
         return cotangent.y + pulled.v
 
     @staticmethod

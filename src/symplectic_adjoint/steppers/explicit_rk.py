@@ -188,8 +188,11 @@ class RungeKutta:
         stages, h, y = step.stages, step.h, step.start.y
         for i in range(len(stages), count):
             x = _combine(field, y, h, stages, self.rows[i])
-            t = step.t1 if self.c[i] == 1.0 else step.start.t + self.c[i] * h
-            stages.append(Stage(t, x, None, step.tokens[i] if step.tokens else None))
+            token = step.tokens[i] if step.tokens else None
+            stages.append(Stage(self._time(step, i), x, None, token))
+
+    def _time(self, step: RKStep, i: int) -> Time:
+        return step.t1 if self.c[i] == 1.0 else step.start.t + self.c[i] * step.h
 
     # Keeping ---------------------------------------------------------------------------------
 
@@ -219,7 +222,7 @@ class RungeKutta:
                     step.stages.append(end.node)
                 i = len(step.stages)
                 token = tokens[i] if tokens else None
-                step.stages.append(Stage(start + self.c[i] * step.h, x, None, token))
+                step.stages.append(Stage(self._time(step, i), x, None, token))
         else:
             self._extend(field, step, self.node)
         if len(step.stages) == self.node:
@@ -246,16 +249,18 @@ class RungeKutta:
             sweep.v[i] = sweep.pull(i, sweep.kappa(i))
         return sweep.start()
 
-    def transpose_begin(self, reversal: Reversal, state: RKState, cotangent: Cotangent) -> Tensor:
+    def transpose_begin(
+        self, reversal: Reversal, state: RKState, cotangent: Cotangent, n: int = 0
+    ) -> Tensor:
         if cotangent.k is None:
             return cotangent.y
         times = reversal.times
-        wants_time = times is not None and times.wanted(0)
+        wants_time = times is not None and times.wanted(n)
         pulled = reversal.field.pull(state.node, cotangent.k, wants_time)
         for report in cotangent.on_value:
             report(pulled.k)
         if times is not None and pulled.time is not None:
-            times.add_time(0, 0.0, pulled.time)
+            times.add_time(n, 0.0, pulled.time)
         return cotangent.y + pulled.v
 
 

@@ -376,9 +376,9 @@ class _Adams:
         raise NotImplementedError
 
     def transpose_begin(
-        self, reversal: Reversal, state: AdamsState, cotangent: Cotangent
+        self, reversal: Reversal, state: AdamsState, cotangent: Cotangent, n: int = 0
     ) -> Tensor:
-        return self.starter.transpose_begin(reversal, state.alone, cotangent)
+        return self.starter.transpose_begin(reversal, state.alone, cotangent, n)
 
 
 @dataclass

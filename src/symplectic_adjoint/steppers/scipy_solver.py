@@ -188,7 +188,9 @@ class ScipySolver:
     ) -> Cotangent:
         raise NotImplementedError("scipy's steps cannot be transposed")
 
-    def transpose_begin(self, reversal: Reversal, state: RKState, cotangent: Cotangent) -> Tensor:
+    def transpose_begin(
+        self, reversal: Reversal, state: RKState, cotangent: Cotangent, n: int = 0
+    ) -> Tensor:
         raise NotImplementedError("scipy's steps cannot be transposed")
 
 
