@@ -22,6 +22,7 @@ from symplectic_adjoint import gradients, steppers
 from symplectic_adjoint.gradients import Strategy
 from symplectic_adjoint.loop import Outputs, OutputTimes, Run, Stats, integrate, run
 from symplectic_adjoint.progress import Meter
+from symplectic_adjoint.steppers._base import Work
 
 METHODS = steppers.names()
 ADAPTIVE = [name for name in METHODS if steppers.get(name).error_order is not None]
@@ -52,6 +53,7 @@ class StubStepper:
     """Steps on ``y' = 1``, exactly; remembers what it was asked for."""
 
     name, order, error_order = "stub", 1, None
+    work = Work(inner=0)
 
     def __init__(self) -> None:
         self.steps: list[tuple[float, float]] = []
