@@ -23,6 +23,7 @@ from symplectic_adjoint.controllers import Setting
 from symplectic_adjoint.gradients import Strategy
 from symplectic_adjoint.loop import Outputs, OutputTimes, Run, Stats, integrate, run
 from symplectic_adjoint.progress import Meter
+from symplectic_adjoint.steppers._base import Work
 
 METHODS = steppers.names()
 ADAPTIVE = [name for name in METHODS if steppers.get(name).error_order is not None]
@@ -53,6 +54,7 @@ class StubStepper:
     """Steps on ``y' = 1``, exactly; remembers what it was asked for."""
 
     name, order, error_order = "stub", 1, None
+    work = Work(inner=0)
 
     def __init__(self) -> None:
         self.steps: list[tuple[float, float]] = []
