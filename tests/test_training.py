@@ -345,7 +345,8 @@ class Shifted(nn.Module):
         self.shift = shift
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.net(t, self.shift(y))
+        moved: Tensor = self.net(t, self.shift(y))
+        return moved
 
 
 # What func keeps from evaluation to evaluation -------------------------------------------------
