@@ -44,7 +44,7 @@ def train(iterations: int) -> list[float]:
     device = torch.device("cuda", rank % 8) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(0)
     model = DistributedDataParallel(Classifier().to(device))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-1)
     losses = []
     for iteration in range(iterations):
         x, label = (z.to(device) for z in rings(64, seed=iteration * world + rank))

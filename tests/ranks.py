@@ -209,7 +209,7 @@ def cases() -> dict[str, Callable[[], Figures]]:
         for wrapped in ("model", "parts"):
             add(f"parallel {wrapped} {gradient}", data_parallel, gradient, wrapped, False)
         add(f"sharded field {gradient}", sharded, gradient, "field")
-    for gradient in ("symplectic", "backprop", "continuous"):
+    for gradient in ("symplectic", "backprop", "aca"):
         for wrapped in ("model", "parts"):
             add(f"parallel {wrapped} {gradient} adaptive", data_parallel, gradient, wrapped, True)
         for applied in ("model", "both"):
