@@ -128,7 +128,7 @@ def test_unusable_options_are_refused(options: dict[str, Any], message: str) -> 
         {"event": lambda t, y: y[0] - 0.5},
         {"rtol": torch.tensor([1e-3, 1e-4])},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_what_needs_our_own_steps_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(sa.ArgumentError, match="scipy_solver"):
