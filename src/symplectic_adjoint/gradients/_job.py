@@ -315,6 +315,8 @@ def record(job: Job) -> Recorded:
         field.random = job.random
         times = _output_times(job, job.problem.t.detach())
         result, stats = _run(job, field, {}, times, keep, graph=False)
+    # A grid that had to be checked step by step may have got further before.
+    del records[len(result.outputs) :], dense_records[len(result.outputs) :]
     tape = _tape(job, field, result, stats, records, aliases)
     return Recorded(job, result, stats, field, tape, dense_records)
 
