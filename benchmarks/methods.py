@@ -17,7 +17,7 @@ from benchmarks.suite import Report, machine, measure
 from symplectic_adjoint import steppers
 from symplectic_adjoint._errors import UnknownNameError
 
-NAMES = ("ours/symplectic-stages", "torchdiffeq/backprop", "torchdiffeq/adjoint")
+NAMES = ("ours/symplectic-stages", "torchdiffeq/backprop", "torchdiffeq/adjoint", "ours/backprop")
 OPTIONS: dict[str, tuple[tuple[str, Any], ...]] = {
     # With their default, order 12, steps of this size are not stable.
     "explicit_adams": (("max_order", 5),),
