@@ -73,7 +73,7 @@ def test_a_state_may_be_a_tree_and_further_arguments_are_handed_on() -> None:
     y0 = {"fast": state(), "slow": [state(1)[0], state(2)]}
     gain = torch.tensor(1.1, dtype=torch.float64, requires_grad=True)
     y = ode(y0, args=(gain,))
-    whole = sa.odeint(lambda t, y: ode.func(t, y, gain), y0, [0.0, 1.0], **SETTINGS)
+    whole = sa.solve(lambda t, y: ode.func(t, y, gain), y0, [0.0, 1.0], **SETTINGS).y
     assert y["fast"].shape == (4, 3)
     assert torch.equal(y["slow"][1], whole["slow"][1][-1])
     (grad,) = torch.autograd.grad(problems.loss(y), gain)

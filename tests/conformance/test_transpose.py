@@ -66,9 +66,7 @@ def test_a_transposed_step_keeps_the_product_of_cotangent_and_tangent(
     end = stepper.end(step)
     loaded = stepper.load(field, T0, T1, stepper.save(step, stages=stored), end, dense)
     places = DenseCotangent(theta, g) if dense else None
-    back = stepper.transpose(
-        Reversal(field, torch.zeros_like(y)), 0, loaded, Cotangent(lam, mu), places
-    )
+    back = stepper.transpose(Reversal(field), 0, loaded, Cotangent(lam, mu), places)
     mu_start = torch.zeros_like(dk) if back.k is None else back.k  # not all methods use f(t, y)
     backward = (back.y * dy).sum() + (mu_start * dk).sum()
 
@@ -84,7 +82,5 @@ def test_the_start_of_a_solve_is_transposed_too() -> None:
     for method in METHODS:
         stepper = steppers.get(method)
         field = DetachedField(net, y, [], None)
-        back = stepper.transpose_begin(
-            Reversal(field, torch.zeros_like(y)), stepper.begin(T0, y), Cotangent(lam, mu)
-        )
+        back = stepper.transpose_begin(Reversal(field), stepper.begin(T0, y), Cotangent(lam, mu))
         assert abs((lam * dy).sum() + (mu * dk).sum() - (back * dy).sum()) < 1e-13

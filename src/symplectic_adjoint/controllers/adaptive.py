@@ -321,7 +321,7 @@ def _times(name: str, times: Tensor | Sequence[float] | None) -> Tensor:
     if times is None:
         return no_times()
     try:
-        result = torch.as_tensor(times)
+        result = times if isinstance(times, Tensor) else torch.tensor(times, dtype=torch.float64)
         if result.is_complex() or result.dtype == torch.bool:
             raise TypeError
         result = result.to("cpu", torch.float64)

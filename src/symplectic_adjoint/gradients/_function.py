@@ -248,7 +248,7 @@ def _reversed(
             end=end,
             end_token=tape.end_token,
             g=g,
-            reversal=Reversal(field, torch.zeros_like(y0), _time_cotangents(tape, needs[1], y0)),
+            reversal=Reversal(field, _time_cotangents(tape, needs[1], y0)),
             out_times=_zeros(len(times), y0) if needs[2] else None,
             setting=tape.setting,
             controller=tape.controller,

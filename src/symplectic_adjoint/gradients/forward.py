@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from symplectic_adjoint._errors import ArgumentError
+from symplectic_adjoint.capture import graph_leaves
+from symplectic_adjoint.field import RandomState, Stage
 from symplectic_adjoint.gradients._base import Counts, Record, Strategy, Sweep
 from symplectic_adjoint.gradients._derived import by_duals
 from symplectic_adjoint.loop import SolveShape
@@ -28,7 +30,7 @@ class Forward(Strategy):
     with the number of steps. Meant for few inputs: say, ten parameters of a model in physics, with
     gradients of many functions of its solution.
 
-    ``func`` has to support forward mode. An input that no output depends on has no gradient (None).
+    ``func`` has to support forward mode. What it does not use has no gradient (None).
 
     Attributes:
         chunk: How many tangents are propagated at a time, by one evaluation of ``func`` (where
@@ -74,17 +76,23 @@ class Forward(Strategy):
 
     def reverse(self, sweep: Sweep) -> Tensor:
         if not sweep.memo:
-            sweep.memo["columns"], sweep.memo["moved"] = self._jacobian(sweep)
+            try:
+                columns, sweep.memo["moved"] = self._jacobian(sweep)
+            except NotImplementedError as error:
+                raise ArgumentError(
+                    "gradient='forward' needs forward-mode derivatives of all that func does: "
+                    f"{str(error).splitlines()[0]} Use gradient='symplectic', which needs none"
+                ) from error
+            sweep.memo["columns"], sweep.memo["used"] = columns, _used(sweep, columns)
         columns, moved = sweep.memo["columns"], sweep.memo["moved"]
         g, sizes = sweep.g, _sizes(sweep)
         products = (columns.reshape(len(columns), -1).conj() @ g.flatten()).real
         parts = iter(products.split(sizes))
-        used = [not x.numel() or bool(x.any()) for x in columns.split(sizes)]
         state = next(parts)
         lam = _assembled(state, sweep.y0) if sweep.wants_state else torch.zeros_like(sweep.y0)
-        for alias, reached in zip(sweep.field.aliases, used[1:], strict=False):
+        for alias, used in zip(sweep.field.aliases, sweep.memo["used"], strict=True):
             part = _assembled(next(parts), alias)
-            alias.grad = part if reached else None
+            alias.grad = part if used else None
         if sweep.reversal.times is not None:
             sweep.reversal.times.values[_wanted(sweep)] += next(parts)
         if sweep.out_times is not None:
@@ -185,6 +193,21 @@ def _sizes(sweep: Sweep) -> list[int]:
     """How many columns belong to y0, to each captured tensor, and to the step times."""
     state = _size(sweep.y0) if sweep.wants_state else 0
     return [state, *map(_size, sweep.field.aliases), len(_wanted(sweep))]
+
+
+def _used(sweep: Sweep, columns: Tensor) -> list[bool]:
+    """Which captured tensors move an output, or at least serve where the solve begins."""
+    parts = columns.split(_sizes(sweep))[1 : 1 + len(sweep.field.aliases)]
+    moves = [not x.numel() or bool(x.any()) for x in parts]
+    if all(moves):
+        return moves
+    with RandomState(sweep.y0.device).restored():
+        graph = sweep.field.graph(Stage(sweep.nodes[0], sweep.y0), False)
+    serving = {id(x) for x in graph_leaves(graph.k)}
+    return [
+        moved or id(alias) in serving
+        for moved, alias in zip(moves, sweep.field.aliases, strict=True)
+    ]
 
 
 def _wanted(sweep: Sweep) -> list[int]:

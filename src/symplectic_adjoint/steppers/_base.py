@@ -123,16 +123,21 @@ class Reversal:
     Attributes:
         field: The field, with aliases that require grad.
         times: Where the cotangents of the step times go; None where none is wanted.
-        zero: A state of zeros, where sums begin.
     """
 
     field: DetachedField
-    zero: Tensor
     times: TimeCotangents | None = None
+    _zero: Tensor | None = None
 
     def wants_time(self, n: int) -> bool:
         """Whether step ``n`` touches a time whose gradient is wanted."""
         return self.times is not None and (self.times.wanted(n) or self.times.wanted(n + 1))
+
+    def zero(self, like: Tensor) -> Tensor:
+        """A state of zeros, where sums of cotangents begin."""
+        if self._zero is None:
+            self._zero = torch.zeros_like(like)
+        return self._zero
 
 
 @dataclass(slots=True)

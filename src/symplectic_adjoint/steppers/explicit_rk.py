@@ -299,7 +299,7 @@ class _Transpose:
         self.n = n
         self.step = step
         self.h = as_float(step.h)
-        self.zero = reversal.zero
+        self.reversal = reversal
         self.v: list[Tensor | None] = [None] * len(step.stages)
         self.dense = dense
         self.shares = self._dense_shares()
@@ -314,7 +314,7 @@ class _Transpose:
                 continue
             if kappa is None:
                 # On small states quicker than a product, for which the factor becomes a tensor.
-                kappa = torch.add(self.zero, v, alpha=self.h * weight)
+                kappa = torch.add(self.reversal.zero(v), v, alpha=self.h * weight)
             else:
                 kappa.add_(v, alpha=self.h * weight)
         return kappa
@@ -395,13 +395,11 @@ def _combine(field: Field, y: Tensor, h: Time, stages: Sequence[Stage], row: Ter
     """``y + h sum w k``, evaluating ``f`` where a stage has no value yet."""
     if not row:
         return y
+    # All evaluations come before memory is taken for the sum.
+    (weight, k), *rest = [(w, _value(field, stages[j])) for w, j in row]
     if isinstance(h, Tensor):
-        (weight, first), *rest = row
-        start = weight * _value(field, stages[first])
-        return y + scaled(h, sum((w * _value(field, stages[j]) for w, j in rest), start=start))
-    x = None
-    for weight, j in row:
-        k = _value(field, stages[j])
-        x = torch.add(y, k, alpha=h * weight) if x is None else x.add_(k, alpha=h * weight)
-    assert x is not None
+        return y + scaled(h, sum((w * k for w, k in rest), start=weight * k))
+    x = torch.add(y, k, alpha=h * weight)
+    for weight, k in rest:
+        x.add_(k, alpha=h * weight)
     return x
