@@ -103,6 +103,12 @@ PAIRS = [
     for strategy in (REVERSED if method != "dopri8" else [sa.Symplectic()])
     if supports(strategy, method)
 ]
+IMPLICIT = [sa.Symplectic(), sa.Symplectic("steps"), sa.Backprop(), sa.ACA()]
+PAIRS += [
+    pytest.param(method, strategy, id=f"{method}-{label(strategy)}")
+    for method in ("trbdf2", "radauIIA5")
+    for strategy in IMPLICIT
+]
 
 
 def compared(method: str, strategy: Strategy, decreasing: bool, wants_time: bool) -> None:
@@ -153,10 +159,16 @@ def test_dense_output_across_jumps_has_the_same_gradient() -> None:
     assert_close(found["symplectic"], found["backprop"])
 
 
-@pytest.mark.parametrize("strategy", REVERSED, ids=label)
-def test_every_step_of_a_perturbed_grid_begins_anew(strategy: Strategy) -> None:
+@pytest.mark.parametrize(
+    ("method", "strategy"),
+    [
+        *((strategy.method or "rk4", strategy) for strategy in REVERSED),
+        *itertools.product(("trapezoid", "sdirk2"), IMPLICIT),
+        *itertools.product(("explicit_adams", "implicit_adams"), [sa.Symplectic(), sa.Backprop()]),
+    ],
+)
+def test_every_step_of_a_perturbed_grid_begins_anew(method: str, strategy: Strategy) -> None:
     """All pieces meet at nodes of the grid; its times follow ``t``."""
-    method = strategy.method or "rk4"
     problem = case((0.1, 0.25, 0.8, 1.3), JUMPS, wants_time=True)
     sol = sa.solve(
         problem.func,

@@ -459,7 +459,7 @@ def _jacobian(field: Field, x: Tensor, k: Tensor) -> Jacobian:
 def _graph(field: Field, stage: Stage) -> tuple[Tensor, Tensor]:
     """``x`` and ``f(t, x)`` on the graph of ``x``, where random numbers are those of the stage."""
     x = stage.x.detach().requires_grad_()
-    t = field.time(as_float(stage.t))
+    t = field.time(stage.t).detach()  # its value alone, seen from its side where f jumps
     drawn = contextlib.nullcontext() if stage.token is None else stage.token.restored()
     with torch.enable_grad(), drawn:
         return x, field.call(t, x)
