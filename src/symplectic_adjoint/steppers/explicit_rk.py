@@ -245,9 +245,12 @@ class RungeKutta:
         for i in range(len(step.stages) - 1, self.node, -1):
             sweep.v[i] = sweep.pull(i, sweep.kappa(i))
         sweep.v[self.node] = sweep.pull_node(cotangent)
+        self._transpose_inner(sweep)
+        return sweep.start()
+
+    def _transpose_inner(self, sweep: _Transpose) -> None:
         for i in range(self.node - 1, 0, -1):
             sweep.v[i] = sweep.pull(i, sweep.kappa(i))
-        return sweep.start()
 
     def transpose_begin(
         self, reversal: Reversal, state: RKState, cotangent: Cotangent, n: int = 0

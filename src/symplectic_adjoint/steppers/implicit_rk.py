@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from symplectic_adjoint._errors import ArgumentError, NonlinearSolveError, SecondDerivativeError
-from symplectic_adjoint._types import Time, as_float
+from symplectic_adjoint._types import as_float
 from symplectic_adjoint.dense import Interpolant
 from symplectic_adjoint.dense import linear as straight
 from symplectic_adjoint.field import Field, GraphField, RandomState, Stage, TangentField
@@ -56,7 +56,7 @@ from symplectic_adjoint.rootfind import (
     newton,
     real_dtype,
 )
-from symplectic_adjoint.steppers._base import Cotangent, DenseCotangent, Reversal, Work, scaled
+from symplectic_adjoint.steppers._base import Work, scaled
 from symplectic_adjoint.steppers.explicit_rk import (
     RKStep,
     RungeKutta,
@@ -185,22 +185,10 @@ class ImplicitRK(RungeKutta):
 
     # Reverse ---------------------------------------------------------------------------------
 
-    def transpose(
-        self,
-        reversal: Reversal,
-        n: int,
-        step: RKStep,
-        cotangent: Cotangent,
-        dense: DenseCotangent | None,
-    ) -> Cotangent:
-        sweep = _Transpose(self, reversal, n, step, dense)
-        for i in range(len(step.stages) - 1, self.node, -1):
-            sweep.v[i] = sweep.pull(i, sweep.kappa(i))
-        sweep.v[self.node] = sweep.pull_node(cotangent)
+    def _transpose_inner(self, sweep: _Transpose) -> None:
         for block in reversed(self.blocks):
             for i, kappa in zip(block, self._cotangents(sweep, block), strict=True):
                 sweep.v[i] = sweep.pull(i, kappa)
-        return sweep.start()
 
     def _cotangents(self, sweep: _Transpose, block: range) -> Sequence[Tensor | None]:
         """``kappa`` of the stages of a block, from the cotangents that later stages put on them."""
@@ -233,7 +221,7 @@ class _Equations:
         a = method.coupling(block, 1.0)
         self.weights = torch.tensor(a, dtype=step.start.y.dtype, device=step.start.y.device)
         tokens = step.tokens or [None] * len(method.rows)
-        self.stages = [Stage(self._time(i), step.start.y, None, tokens[i]) for i in block]
+        self.stages = [Stage(method._time(step, i), step.start.y, None, tokens[i]) for i in block]
         self.base = [self._base(i) for i in block]
 
     def solve(self) -> None:
@@ -251,10 +239,6 @@ class _Equations:
             self.field.count_solver(evaluations - len(self.block), 0)
         for stage, x, value in zip(self.stages, self._points(k), k.unbind(), strict=True):
             stage.x, stage.k = x, value
-
-    def _time(self, i: int) -> Time:
-        c = self.method.c[i]
-        return self.step.t1 if c == 1.0 else self.step.start.t + c * self.step.h
 
     def _base(self, i: int) -> Tensor:
         """What the stages before the block give."""
