@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import symplectic_adjoint as sa
+
 
 class Net(nn.Module):
     """A smooth non-autonomous network with bounded solutions.
@@ -59,6 +61,20 @@ class Coupled(nn.Module):
         }
 
 
+class Product(torch.autograd.Function):
+    """A product whose backward pass is written by hand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return g * w, (g * x).sum(0)
+
+
 @dataclass
 class Case:
     """A problem and what to differentiate.
@@ -76,6 +92,10 @@ class Case:
     t: Tensor
     args: tuple[Any, ...] = ()
     params: dict[str, Tensor] = field(default_factory=dict)
+
+    def solve(self, **options: Any) -> sa.Solution:
+        """Its solution."""
+        return sa.solve(self.func, self.y0, self.t, args=self.args, **options)
 
     def inputs(self) -> dict[str, Tensor]:
         """Every tensor whose gradient is asked for, by name."""

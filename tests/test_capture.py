@@ -547,24 +547,10 @@ def a_function_under_vmap() -> Held:
     return Held(lambda t, y: one(y), tensors)
 
 
-class Clipped(torch.autograd.Function):
-    """A product whose backward pass is written by hand."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x * w
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        return g * w, (g * x).sum(0)
-
-
 @place
 def a_custom_function_of_a_tensor_in_sight() -> Held:
     w = leaf(3)
-    return Held(lambda t, y: torch.sin(Clipped.apply(y, w)), {"w": w})
+    return Held(lambda t, y: torch.sin(problems.Product.apply(y, w)), {"w": w})
 
 
 class Reparametrised(nn.Module):
@@ -691,12 +677,12 @@ def traced(net: nn.Module) -> Any:
 
 def in_a_custom_function() -> tuple[Any, Tensor, str]:
     hide(w=leaf(3))
-    return lambda t, y: Clipped.apply(y, helpers.w), helpers.w, "float64 of shape (3,)"
+    return lambda t, y: problems.Product.apply(y, helpers.w), helpers.w, "float64 of shape (3,)"
 
 
 def in_a_custom_function_and_elsewhere() -> tuple[Any, Tensor, str]:
     hide(w=leaf(3))
-    func = lambda t, y: Clipped.apply(y, helpers.w) + helpers.w  # noqa: E731
+    func = lambda t, y: problems.Product.apply(y, helpers.w) + helpers.w  # noqa: E731
     return func, helpers.w, "float64 of shape (3,)"
 
 
@@ -704,7 +690,7 @@ def in_a_custom_function_on_a_late_branch() -> tuple[Any, Tensor, str]:
     hide(w=leaf(3))
 
     def func(t: Tensor, y: Tensor) -> Tensor:
-        return torch.sin(y) if t < 0.8 else Clipped.apply(y, helpers.w)
+        return torch.sin(y) if t < 0.8 else problems.Product.apply(y, helpers.w)
 
     return func, helpers.w, "float64 of shape (3,)"
 
@@ -712,7 +698,7 @@ def in_a_custom_function_on_a_late_branch() -> tuple[Any, Tensor, str]:
 def as_a_non_leaf_in_a_custom_function() -> tuple[Any, Tensor, str]:
     hyper = leaf(4, 3)
     hide(w=hyper.exp().sum(0))
-    func = lambda t, y: Clipped.apply(y, helpers.w) + helpers.w  # noqa: E731
+    func = lambda t, y: problems.Product.apply(y, helpers.w) + helpers.w  # noqa: E731
     return func, hyper, "float64 of shape (4, 3)"
 
 

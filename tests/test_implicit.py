@@ -190,11 +190,7 @@ def test_dense_output_after_a_stiff_solve_is_that_of_the_solve(name: str) -> Non
 def solved(
     case: problems.Case, stepper: Any, gradient: Any = "symplectic", **options: Any
 ) -> sa.Solution:
-    return sa.solve(
-        case.func,
-        case.y0,
-        case.t,
-        args=case.args,
+    return case.solve(
         method=stepper,
         gradient=gradient,
         controller=sa.FixedGrid(step_size=0.3),

@@ -239,11 +239,7 @@ def test_gradients_are_exact_for_state_parameters_and_every_time_of_the_grid(
     stepper: Any, strategy: Strategy
 ) -> None:
     case = problems.case(times=GRID, wants_time=True)
-    sol = sa.solve(
-        case.func,
-        case.y0,
-        case.t,
-        args=case.args,
+    sol = case.solve(
         method=stepper,
         gradient=strategy,
         rtol=0.0,
@@ -263,11 +259,7 @@ def test_gradients_of_values_inside_the_steps_are_exact(
     case = problems.case(times=(0.0, 0.05, 0.35, 0.3501, 0.87, 1.0), wants_time=True, tree=True)
     grid = torch.tensor(GRID, dtype=torch.float64)
     stepper = method(max_order=5, interp=interp)
-    sol = sa.solve(
-        case.func,
-        case.y0,
-        case.t,
-        args=case.args,
+    sol = case.solve(
         method=stepper,
         gradient=strategy,
         controller=sa.FixedGrid(grid_constructor=lambda f, y, t: grid),

@@ -374,18 +374,6 @@ def test_gradients_of_several_threads_accumulate() -> None:
         assert problems.relative_error(p.grad, 8 * g) <= 1e-13
 
 
-class Scaled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x * w
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        return g * w, (g * x).sum(0)
-
-
 @pytest.mark.parametrize("strategy", [sa.Symplectic(), sa.Backprop(), sa.Checkpoint()], ids=label)
 @pytest.mark.parametrize("listed", [False, True])
 def test_weights_that_torch_functions_do_not_receive_get_their_gradients_in_threads(
@@ -396,7 +384,7 @@ def test_weights_that_torch_functions_do_not_receive_get_their_gradients_in_thre
     params = tensors if listed else None
 
     def work(_: int) -> list[Tensor]:
-        y = solve(lambda t, y: Scaled.apply(y, w) * b, batch(), strategy, params=params).y
+        y = solve(lambda t, y: problems.Product.apply(y, w) * b, batch(), strategy, params=params).y
         return [*torch.autograd.grad(problems.loss(y), tensors)]
 
     wanted = work(0)

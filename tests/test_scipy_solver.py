@@ -62,11 +62,7 @@ def test_the_solution_is_torchdiffeq_s(options: dict[str, Any], bound: float) ->
 def test_gradients_are_those_of_the_ode_to_tolerance(gradient: Any, tree: bool) -> None:
     options: dict[str, Any] = {"times": (0.1, 0.4, 0.75, 1.3), "wants_time": True, "tree": tree}
     case = problems.case(**options)
-    sol = sa.solve(
-        case.func,
-        case.y0,
-        case.t,
-        args=case.args,
+    sol = case.solve(
         method="scipy_solver",
         gradient=gradient,
         **TIGHT,

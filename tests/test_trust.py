@@ -169,15 +169,15 @@ def test_every_exact_strategy_is_found_exact(strategy: Strategy) -> None:
 
 def test_the_continuous_adjoint_is_found_inexact_by_as_much_as_it_is() -> None:
     case = problems.case(times=(0.0, 1.2))
-    options = {"rtol": 1e-4, "atol": 1e-4, "method": "dopri5", "args": case.args}
-    check = sa.check_gradient(case.func, case.y0, case.t, gradient="continuous", **options)
-    sol = sa.solve(case.func, case.y0, case.t, gradient="continuous", **options)
+    options = {"rtol": 1e-4, "atol": 1e-4, "method": "dopri5", "gradient": "continuous"}
+    check = sa.check_gradient(case.func, case.y0, case.t, args=case.args, **options)
+    sol = case.solve(**options)
     loss = functools.partial(_linear_loss, shape=sol.y[1:].shape)
     got = torch.autograd.grad(loss(sol.y), case.y0)[0]
     nodes = reference.adaptive_nodes(sol.steps, list(case.t))
     y = reference.frozen(steppers.get("dopri5"), case.func, case.y0, nodes, list(case.t), case.args)
     discrete = torch.autograd.grad(loss(y), case.y0)[0]
-    fine = sa.solve(case.func, case.y0, case.t, args=case.args, rtol=1e-12, atol=1e-12)
+    fine = case.solve(rtol=1e-12, atol=1e-12)
     true = torch.autograd.grad(loss(fine.y), case.y0)[0]
     assert not check.exact
     assert check.verdict.startswith("inexact")
@@ -437,11 +437,7 @@ def test_with_the_sensitivities_controlled_the_gradient_converges_with_the_toler
 
 def test_the_choice_of_steps_does_not_change_what_the_gradient_is() -> None:
     case = problems.case(tree=True, times=(0.1, 0.4, 1.3), wants_time=True)
-    sol = sa.solve(
-        case.func,
-        case.y0,
-        case.t,
-        args=case.args,
+    sol = case.solve(
         rtol=1e-4,
         atol=1e-4,
         controller=sa.SensitivityControl(directions=2),

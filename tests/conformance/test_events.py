@@ -61,11 +61,7 @@ def problem(tree: bool, decreasing: bool) -> tuple[problems.Case, Tensor]:
 
 def solved(case: problems.Case, level: Tensor, method: str, strategy: Strategy) -> sa.Solution:
     controller, tolerance = pacing(steppers.get(method), 0.23)
-    return sa.solve(
-        case.func,
-        case.y0,
-        case.t,
-        args=case.args,
+    return case.solve(
         method=method,
         controller=controller,
         gradient=strategy,
@@ -168,11 +164,7 @@ def test_the_state_at_an_event_of_time_moves_along_the_dense_output(method: str)
     case = problems.case(times=(0.1, 1.3))
     controller, tolerance = pacing(steppers.get(method), 0.23)
     place = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    sol = sa.solve(
-        case.func,
-        case.y0,
-        case.t,
-        args=case.args,
+    sol = case.solve(
         method=method,
         controller=controller,
         rtol=tolerance,

@@ -110,11 +110,7 @@ def solve(
     controller: Any,
     tolerance: float = 1e-4,
 ) -> sa.Solution:
-    return sa.solve(
-        case.func,
-        case.y0,
-        case.t,
-        args=case.args,
+    return case.solve(
         method=method,
         controller=controller,
         gradient=strategy,
@@ -275,11 +271,7 @@ def test_dense_output_after_the_solve_has_the_same_gradient(strategy: Strategy) 
     method = strategy.method or "tsit5"
     controller, tolerance = pacing(steppers.get(method))
     case = problems.case(times=(0.0, 1.3), tree=True)
-    sol = sa.solve(
-        case.func,
-        case.y0,
-        case.t,
-        args=case.args,
+    sol = case.solve(
         method=method,
         controller=controller,
         rtol=tolerance,

@@ -81,10 +81,7 @@ def solved(
     case: problems.Case, method: str, strategy: Strategy, dense: bool = False
 ) -> sa.Solution:
     _, tolerance = pacing(steppers.get(method))
-    return sa.solve(
-        case.func,
-        case.y0,
-        case.t,
+    return case.solve(
         method=method,
         gradient=strategy,
         controller=sa.Adaptive(jump_t=case.params["jump_t"]),
@@ -170,10 +167,7 @@ def test_dense_output_across_jumps_has_the_same_gradient() -> None:
 def test_every_step_of_a_perturbed_grid_begins_anew(method: str, strategy: Strategy) -> None:
     """All pieces meet at nodes of the grid; its times follow ``t``."""
     problem = case((0.1, 0.25, 0.8, 1.3), JUMPS, wants_time=True)
-    sol = sa.solve(
-        problem.func,
-        problem.y0,
-        problem.t,
+    sol = problem.solve(
         method=method,
         gradient=strategy,
         controller=sa.FixedGrid(perturb=True),
@@ -202,11 +196,7 @@ def test_a_learned_grid_has_its_gradient_though_t_has_none() -> None:
     def grid(func: Any, y0: Any, t: Tensor) -> Tensor:
         return nodes(t)
 
-    sol = sa.solve(
-        problem.func,
-        problem.y0,
-        problem.t,
-        args=problem.args,
+    sol = problem.solve(
         method="dopri5",
         controller=sa.FixedGrid(grid_constructor=grid),
     )
@@ -242,10 +232,7 @@ def test_the_continuous_adjoint_knows_the_gradient_of_a_jump_within_tolerance() 
     for strategy in (sa.Symplectic(), sa.Continuous()):
         problem = case((1.3, 0.1), JUMPS, wants_time=False)
         at = problem.params["jump_t"]
-        sol = sa.solve(
-            problem.func,
-            problem.y0,
-            problem.t,
+        sol = problem.solve(
             gradient=strategy,
             controller=sa.Adaptive(jump_t=at),
         )
