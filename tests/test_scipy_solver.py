@@ -158,3 +158,16 @@ def test_evaluations_are_counted() -> None:
     sol = sa.solve(func, y0, [0.0, 1.0], method="scipy_solver")
     assert sol.stats.evaluations == len(calls) == sol.stats.further + 1
     assert torch.equal(sol.steps, torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", ["scipy_solver", "dopri5"])
+def test_states_that_torch_conjugates_lazily_are_states_like_others(method: str) -> None:
+    z = torch.tensor([0.3 - 0.2j, 1.1 + 0.4j], dtype=torch.complex128, requires_grad=True)
+    found = []
+    for gradient, start in (("continuous", z.conj()), ("backprop", z.conj().resolve_conj())):
+        own = method if gradient == "continuous" else "dopri5"
+        y = sa.odeint(
+            lambda t, y: y.conj(), start, [0.0, 1.0], method=own, gradient=gradient, **TIGHT
+        )
+        found.append(torch.autograd.grad(y[-1].abs().square().sum(), z)[0])
+    assert problems.relative_error(found[0], found[1]) < 1e-6

@@ -173,3 +173,27 @@ def _check_leaf(name: str, leaf: Any) -> None:
             f"{name} has dtype {leaf.dtype}; an ODE state must be floating-point or complex: "
             f"use {name}.float() or .double()"
         )
+
+
+def real_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the real numbers that make up ``x``."""
+    return x.dtype.to_real() if x.is_complex() else x.dtype
+
+
+def real_size(x: Tensor) -> int:
+    """How many real numbers make up ``x``."""
+    return x.numel() * (2 if x.is_complex() else 1)
+
+
+def as_real(x: Tensor, lead: int) -> Tensor:
+    """The real numbers of ``x`` beside its ``lead`` first dimensions."""
+    real = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    return real.reshape((*x.shape[:lead], -1))
+
+
+def as_state(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of ``as_real``: (*lead, N) -> (*lead, *like.shape)."""
+    lead = x.shape[:-1]
+    if like.is_complex():
+        return torch.view_as_complex(x.reshape(*lead, *like.shape, 2).contiguous())
+    return x.reshape((*lead, *like.shape))

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from symplectic_adjoint import gradients
 from symplectic_adjoint._errors import SolveError, UnderResolvedWarning
+from symplectic_adjoint._tree import as_real
 from symplectic_adjoint.api import resolved_stepper, solve
 from symplectic_adjoint.capture import Capture, graph_leaves
 from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid, SensitivityControl
@@ -525,8 +526,7 @@ def _errors(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> Errors:
 
 
 def _joined(grads: dict[str, Tensor]) -> Tensor:
-    parts = [torch.view_as_real(x) if x.is_complex() else x for x in map(_widened, grads.values())]
-    return torch.cat([x.reshape(-1).cpu() for x in parts])
+    return torch.cat([as_real(_widened(x), 0).cpu() for x in grads.values()])
 
 
 def _widened(x: Tensor) -> Tensor:

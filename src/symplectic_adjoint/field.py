@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from symplectic_adjoint._errors import FieldOutputError
+from symplectic_adjoint._tree import real_dtype
 from symplectic_adjoint._types import FlatFunc, Time, side_of
 from symplectic_adjoint.accumulate import InPlace
 from symplectic_adjoint.capture import Capture, foreign_leaves, has_tangent
@@ -113,7 +114,7 @@ class Field:
         self.shape = like.shape
         self.dtype = like.dtype
         self.device = like.device
-        self.time_dtype = like.dtype.to_real() if like.is_complex() else like.dtype
+        self.time_dtype = real_dtype(like)
         self.evaluations = 0
         self.products = 0
         self.solver_evaluations = 0

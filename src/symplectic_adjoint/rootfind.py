@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from symplectic_adjoint._errors import ArgumentError
+from symplectic_adjoint._tree import as_real, as_state, real_dtype, real_size
 
 
 @dataclass(frozen=True)
@@ -381,27 +382,3 @@ def _combined(columns: list[list[float]], right: list[float], basis: list[Tensor
     for weight, v in zip(y, basis, strict=False):
         total.add_(v, alpha=weight)
     return total
-
-
-def real_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the real numbers that make up ``x``."""
-    return x.dtype.to_real() if x.is_complex() else x.dtype
-
-
-def real_size(x: Tensor) -> int:
-    """How many real numbers make up ``x``."""
-    return x.numel() * (2 if x.is_complex() else 1)
-
-
-def as_real(x: Tensor, lead: int) -> Tensor:
-    """The real numbers of ``x`` beside its ``lead`` first dimensions."""
-    real = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-    return real.reshape(*x.shape[:lead], -1)
-
-
-def as_state(x: Tensor, like: Tensor) -> Tensor:
-    """The inverse of ``as_real``: (*lead, N) -> (*lead, *like.shape)."""
-    lead = x.shape[:-1]
-    if like.is_complex():
-        return torch.view_as_complex(x.reshape(*lead, *like.shape, 2).contiguous())
-    return x.reshape(*lead, *like.shape)

@@ -227,9 +227,22 @@ def test_a_named_jump_saves_the_steps_that_would_search_for_it() -> None:
     assert slope.item() == pytest.approx((a - b * (1 + a * 0.3)) * math.exp(b * 0.7), rel=1e-7)
 
 
-def test_the_continuous_adjoint_knows_the_gradient_of_a_jump_within_tolerance() -> None:
+@pytest.mark.parametrize(
+    "continuous",
+    [
+        sa.Continuous(),
+        sa.Continuous(controller=sa.Adaptive()),
+        sa.Continuous(controller=sa.Adaptive(jump_t=[0.25, 0.6])),
+        sa.Continuous(controller=sa.FixedGrid(step_size=0.03)),
+        sa.Continuous(method_name="scipy_solver", rtol=1e-8, atol=1e-10),
+    ],
+    ids=["the forward one", "adaptive", "of other jumps", "a grid", "scipy's"],
+)
+def test_the_continuous_adjoint_knows_the_gradient_of_a_jump_whatever_its_steps(
+    continuous: sa.Continuous,
+) -> None:
     found = []
-    for strategy in (sa.Symplectic(), sa.Continuous()):
+    for strategy in (sa.Symplectic(), continuous):
         problem = case((1.3, 0.1), JUMPS, wants_time=False)
         at = problem.params["jump_t"]
         sol = problem.solve(

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from symplectic_adjoint import gradients
 from symplectic_adjoint._compile import uncompiled
 from symplectic_adjoint._errors import ArgumentError, UnknownNameError
-from symplectic_adjoint._tree import StateSpec
+from symplectic_adjoint._tree import StateSpec, as_real
 from symplectic_adjoint._types import Func, Norm
 from symplectic_adjoint.api import default_gradient, resolved_stepper, solve
 from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid
@@ -329,8 +329,7 @@ def _tied(y0: Any, params: Iterable[Tensor]) -> Any:
     known = [x for x in params if type(x) in (Tensor, nn.Parameter) and x.requires_grad]
     if not known or not leaves or not isinstance(leaves[0], Tensor):
         return y0
-    real = [torch.view_as_real(x) if x.is_complex() else x for x in known]
-    zeros = [x.reshape(-1)[:0].sum().to(leaves[0].device, leaves[0].dtype) for x in real]
+    zeros = [as_real(x, 0)[:0].sum().to(leaves[0].device, leaves[0].dtype) for x in known]
     return pytree.tree_unflatten([leaves[0] + torch.stack(zeros).sum(), *leaves[1:]], tree)
 
 

@@ -149,7 +149,7 @@ class Adaptive:
 
     def _stops(self, start: float, setting: Setting) -> list[float]:
         """Where steps have to end before the last one, in their order."""
-        given = torch.cat([_times("step_t", self.step_t), _times("jump_t", self.jump_t)]).tolist()
+        given = {*_times("step_t", self.step_t).tolist(), *setting.jumps}
         inside = [t for t in given if (t - start) * (t - setting.end) < 0]
         return sorted(inside, reverse=setting.direction < 0)
 

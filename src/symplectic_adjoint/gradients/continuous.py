@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from symplectic_adjoint._errors import ArgumentError
+from symplectic_adjoint._tree import as_real, as_state, real_size
 from symplectic_adjoint._types import Norm, Time, as_float
 from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid, GridPace
 from symplectic_adjoint.field import DetachedField, RandomState, Stage
@@ -105,7 +106,7 @@ class _AdjointSolve:
         self.like = [sweep.y0, sweep.y0, *self.aliases]
         if self.wants_time:
             self.like.append(sweep.y0.new_zeros((), dtype=sweep.field.time_dtype))
-        self.sizes = [x.numel() * (2 if x.is_complex() else 1) for x in self.like]
+        self.sizes = [*map(real_size, self.like)]
         self.dtype = sweep.field.time_dtype
 
     def run(self) -> Tensor:
@@ -153,10 +154,15 @@ class _AdjointSolve:
             rtol=sweep.setting.rtol if self.strategy.rtol is None else self.strategy.rtol,
             atol=sweep.setting.atol if self.strategy.atol is None else self.strategy.atol,
         )
-        if not isinstance(controller, Adaptive):
+        if isinstance(controller, Adaptive):
+            jumps = controller.jumps(start, end).tolist()
+        else:
             grid = [start, end] if controller is None else self._grid(start, end, z)
+            inside = [t for t in setting.jumps if min(start, end) < t < max(start, end)]
+            grid = sorted({*grid, *inside}, reverse=setting.direction < 0)
             perturbed = isinstance(controller, FixedGrid) and controller.perturb
-            setting = replace(setting, jumps=frozenset(grid) if perturbed else setting.jumps)
+            jumps = grid if perturbed else []
+        setting = replace(setting, jumps=frozenset({*setting.jumps, *jumps}))
         state = self.stepper.begin(setting.starting(start), z)
         if isinstance(controller, Adaptive):
             first = None if self.strategy.controller is None else controller.first_step
@@ -249,16 +255,8 @@ class _AdjointSolve:
         return (time, *itertools.chain(*states), *params)
 
     def _pack(self, parts: Sequence[Tensor]) -> Tensor:
-        real = [torch.view_as_real(x) if x.is_complex() else x for x in parts]
-        return torch.cat([x.detach().reshape(-1).to(self.dtype) for x in real])
+        return torch.cat([as_real(x.detach(), 0).to(self.dtype) for x in parts])
 
     def _unpack(self, z: Tensor) -> list[Tensor]:
-        return [
-            _shaped(x, like) for x, like in zip(torch.split(z, self.sizes), self.like, strict=True)
-        ]
-
-
-def _shaped(x: Tensor, like: Tensor) -> Tensor:
-    if like.is_complex():
-        return torch.view_as_complex(x.reshape(*like.shape, 2)).to(like.dtype)
-    return x.reshape(like.shape).to(like.dtype)
+        pairs = zip(torch.split(z, self.sizes), self.like, strict=True)
+        return [as_state(x, like).to(like.dtype) for x, like in pairs]

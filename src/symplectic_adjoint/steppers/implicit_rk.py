@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 
 from symplectic_adjoint._errors import ArgumentError, NonlinearSolveError, SecondDerivativeError
+from symplectic_adjoint._tree import real_dtype
 from symplectic_adjoint._types import as_float
 from symplectic_adjoint.dense import Interpolant
 from symplectic_adjoint.dense import linear as straight
@@ -54,7 +55,6 @@ from symplectic_adjoint.rootfind import (
     NoConvergence,
     StageSystem,
     newton,
-    real_dtype,
 )
 from symplectic_adjoint.steppers._base import Work, scaled
 from symplectic_adjoint.steppers.explicit_rk import (

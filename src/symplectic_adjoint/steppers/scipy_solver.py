@@ -17,6 +17,7 @@ from symplectic_adjoint._errors import (
     UnknownNameError,
 )
 from symplectic_adjoint._extras import require
+from symplectic_adjoint._tree import as_real, as_state
 from symplectic_adjoint._types import Time, as_float
 from symplectic_adjoint.field import DetachedField, Field, RandomState, Stage
 from symplectic_adjoint.steppers._base import (
@@ -117,8 +118,11 @@ class ScipySolver:
         y, t, end = state.y.detach(), as_float(state.t), as_float(t1)
         before = field.evaluations
 
+        ends = {t: state.t, end: t1}  # which know their side of a jump
+
         def slope(time: float, x: Any) -> Any:
-            return _flat(field.evaluate(Stage(float(time), _shaped(x, y)))).numpy()
+            stage = Stage(ends.get(float(time), float(time)), _shaped(x, y))
+            return _flat(field.evaluate(stage)).numpy()
 
         options = {"min_step": self.min_step} if self.min_step else {}
         found = self._integrate.solve_ivp(
@@ -167,8 +171,7 @@ class ScipySolver:
 
     def interpolate(self, field: Field, step: ScipyStep, theta: Tensor) -> Tensor:
         t, t1 = as_float(step.start.t), as_float(step.t1)
-        places = step.solution((t + (t1 - t) * theta.detach()).numpy()).T
-        return torch.stack([_shaped(x, step.y1) for x in places])
+        return _shaped(step.solution((t + (t1 - t) * theta.detach()).numpy()).T, step.y1)
 
     def save(self, step: ScipyStep, stages: bool) -> Saved:
         return Saved(())
@@ -196,16 +199,12 @@ class ScipySolver:
 
 def _flat(x: Tensor) -> Tensor:
     """A state as a real float64 vector on the CPU."""
-    x = x.detach()
-    return (torch.view_as_real(x) if x.is_complex() else x).reshape(-1).to("cpu", torch.float64)
+    return as_real(x.detach(), 0).to("cpu", torch.float64).resolve_neg()
 
 
 def _shaped(x: Any, like: Tensor) -> Tensor:
-    """Back from numpy, in memory of its own."""
-    real = torch.tensor(x, dtype=torch.float64)
-    if like.is_complex():
-        return torch.view_as_complex(real.reshape(*like.shape, 2)).to(like.device, like.dtype)
-    return real.reshape(like.shape).to(like.device, like.dtype)
+    """States (*lead, N) back from numpy, in memory of their own."""
+    return as_state(torch.tensor(x, dtype=torch.float64), like).to(like.device, like.dtype)
 
 
 def _number(name: str, value: float | Tensor) -> float:
