@@ -135,6 +135,21 @@ def test_a_size_that_is_rejected_again_and_again_vanishes(error: float) -> None:
         attempt_for_ever()
 
 
+def test_a_failure_that_a_smaller_step_has_overcome_explains_nothing_later() -> None:
+    pace = AdaptivePace(sa.Adaptive(), setting(), 5, 1e-3)
+    stepper: Any = StubStepper(itertools.chain([0.5], itertools.repeat(1.2)))
+    step = SimpleNamespace(start=SimpleNamespace(y=torch.zeros(1)), y1=torch.zeros(1))
+    pace.fail(sa.NonlinearSolveError("at the start"), 0.0, 1e-3)
+    assert pace.accepts(FIELD, stepper, step, 0.0, pace.propose(0.0))
+
+    def attempt_for_ever() -> None:
+        for _ in range(1000):
+            assert not pace.accepts(FIELD, stepper, step, 1e6, pace.propose(1e6))
+
+    with pytest.raises(sa.StepUnderflowError, match="vanishes at t = 1000000"):
+        attempt_for_ever()
+
+
 def test_the_last_step_ends_where_the_solve_ends() -> None:
     pace = AdaptivePace(sa.Adaptive(), setting(end=1.0), 5, 0.4)
     assert pace.propose(0.3) == 0.7

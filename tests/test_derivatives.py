@@ -263,6 +263,18 @@ def test_too_many_inputs_for_forward_are_refused_before_anything_is_solved() -> 
         sa.Forward(chunk=0)
 
 
+def test_output_times_are_one_direction_of_forward_however_many_they_are() -> None:
+    t = torch.linspace(0.0, 1.0, 600, dtype=torch.float64, requires_grad=True)
+    y0 = torch.ones(1, dtype=torch.float64)
+    found = []
+    for gradient in ("forward", "symplectic"):
+        sol = sa.solve(lambda t, y: -y * torch.cos(t), y0, t, gradient=gradient)
+        found.append(torch.autograd.grad(sol.y.square().sum(), t)[0])
+        if gradient == "forward":
+            assert sol.stats.backward_evaluations <= sol.stats.evaluations
+    assert problems.relative_error(found[0], found[1]) < 1e-12
+
+
 # The compiler -----------------------------------------------------------------------------------
 
 

@@ -529,3 +529,12 @@ def test_a_smooth_root_takes_few_evaluations() -> None:
 
     assert bracketed_root(f, 0.0, -1.0, 3.0, math.exp(3) - 2) == pytest.approx(math.log(2), 1e-15)
     assert len(calls) <= 12
+
+
+def test_a_constant_of_an_event_that_is_changed_in_place_before_the_backward_pass_raises() -> None:
+    level, y0 = f64(0.5), f64(1.0).requires_grad_()
+    sol = sa.solve(lambda t, y: -y, y0, [0.0, 5.0], event=lambda t, y: y * y - level * level)
+    assert sol.event is not None
+    level.mul_(2.0)
+    with pytest.raises(sa.ChangedTensorError):
+        sol.event.t.backward()

@@ -335,3 +335,23 @@ def test_an_explicit_step_keeps_one_state_and_takes_one_product() -> None:
         return peak_memory(solve) / state.nbytes
 
     assert (kept(40) - kept(20)) / 20 == pytest.approx(1.0, abs=0.02)
+
+
+def test_tolerances_of_the_adjoint_are_those_of_its_corrector() -> None:
+    y0 = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    further = []
+    for tolerance in (1e-2, 1e-10):
+        strategy = sa.Continuous(rtol=tolerance, atol=tolerance)
+        sol = sa.solve(
+            pendulum,
+            y0,
+            [0.0, 1.0],
+            controller=sa.FixedGrid(step_size=0.05),
+            method=sa.ImplicitAdams(max_order=4, max_iters=20),
+            gradient=strategy,
+            rtol=1e-6,
+            atol=1e-6,
+        )
+        sol.y[-1].sum().backward()
+        further.append(sol.stats.backward_further)
+    assert further[1] > further[0]

@@ -172,3 +172,12 @@ def test_a_network_of_the_state_alone_is_told_how_to_be_one_of_time() -> None:
         sa.NeuralODE(net)(torch.randn(2, 3))
     with pytest.raises(sa.ArgumentError, match=r"sa.Autonomous\(network\)"):
         sa.odeint(net, torch.randn(2, 3), [0.0, 1.0])
+
+
+def test_the_default_gradient_is_that_of_the_method() -> None:
+    net = nn.Linear(3, 3).double()
+    ode = sa.NeuralODE(sa.Autonomous(net), method="scipy_solver")
+    ode(state()).sum().backward()
+    assert net.weight.grad is not None
+    with pytest.raises(sa.ArgumentError, match="scipy"):
+        sa.NeuralODE(sa.Autonomous(net), method="scipy_solver", gradient="symplectic")

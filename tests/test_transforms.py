@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -474,3 +475,22 @@ def test_a_function_that_differentiates_inside_itself() -> None:
     )
     for got in results:
         close(got, wanted)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "radauIIA5"])
+def test_statistics_are_sums_over_the_batch(method: str) -> None:
+    kept: list[sa.Solution] = []
+
+    def final(y: Tensor) -> Tensor:
+        kept.append(sa.solve(lambda t, y: -(y**3), y, [0.0, 1.0], method=method, rtol=1e-4))
+        return kept[-1].y[-1].sum()
+
+    ys = torch.tensor([[1.0], [0.5], [2.0]], dtype=torch.float64)
+    torch.func.vmap(torch.func.grad(final))(ys)
+    total, parts = kept[0].stats, []
+    for y in ys:
+        y = y.clone().requires_grad_()
+        final(y).backward()
+        parts.append(kept[-1].stats)
+    for f in dataclasses.fields(sa.Stats):
+        assert getattr(total, f.name) == sum(getattr(part, f.name) for part in parts), f.name

@@ -669,3 +669,25 @@ def test_wrong_options_are_named() -> None:
     with pytest.raises(sa.ArgumentError, match="sequence of names"):
         sa.SensitivityControl(inputs="y0")
     assert isinstance(sa.SensitivityControl.pi(directions=3), sa.SensitivityControl)
+
+
+@pytest.mark.parametrize(
+    ("method", "controller"),
+    [
+        ("dopri5", sa.Adaptive(jump_t=[0.5])),
+        ("dopri5", sa.SensitivityControl(jump_t=[0.5])),
+        ("rk4", sa.FixedGrid(step_size=0.05, perturb=True)),
+    ],
+    ids=["jump_t", "jump_t under control of the sensitivities", "perturbed grid"],
+)
+def test_a_jump_is_seen_from_both_sides_by_the_references_too(method: str, controller: Any) -> None:
+    """y' = 2 - y before t = 0.5 and -y after it."""
+
+    def heater(t: Tensor, y: Tensor) -> Tensor:
+        return torch.where(t < 0.5, 2.0 - y, -y)
+
+    y0 = torch.zeros(1, dtype=torch.float64)
+    check = sa.check_gradient(heater, y0, [0.0, 1.0], method=method, controller=controller)
+    assert check.verdict == "exact, resolved"
+    assert check.solution is not None
+    assert check.solution < 1e-6

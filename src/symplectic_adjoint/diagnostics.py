@@ -461,7 +461,9 @@ def _frozen(controller: Controller, steps: Tensor, halvings: int = 0) -> FixedGr
             nodes = torch.cat([halves.flatten(), nodes[-1:]])
         return nodes
 
-    return FixedGrid(grid_constructor=grid)
+    # On both sides of a jump, func is seen from its own side.
+    sides = getattr(controller, "perturb", False) or getattr(controller, "jump_t", None) is not None
+    return FixedGrid(grid_constructor=grid, perturb=sides)
 
 
 def _judge(

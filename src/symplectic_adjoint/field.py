@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from symplectic_adjoint._errors import FieldOutputError
+from symplectic_adjoint._errors import FieldOutputError, SymplecticAdjointError
 from symplectic_adjoint._tree import real_dtype
 from symplectic_adjoint._types import FlatFunc, Time, side_of
 from symplectic_adjoint.accumulate import InPlace
@@ -154,6 +154,8 @@ class Field:
             x = x.view_as(x).requires_grad_()  # detach() would drop a tangent
         try:
             k = self.func(t, x)
+        except SymplecticAdjointError:
+            raise  # which says all by itself
         except TypeError as error:
             error.add_note(self._manner())
             raise

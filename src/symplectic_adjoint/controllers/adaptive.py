@@ -222,6 +222,7 @@ class AdaptivePace:
             # A step that was cut short says nothing against the size it would have had.
             size = max(size, self.h)
             self.errors = (max(error, 1e-10), self.errors[0])
+            self.failed = None
         self.h = min(max(size, self.controller.min_step), self.controller.max_step)
         return accepted
 

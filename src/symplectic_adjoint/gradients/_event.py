@@ -155,7 +155,7 @@ class _Moved(torch.autograd.Function):
         sources, own = tensors[:count] if again else [y], tensors[count:]
         with torch.enable_grad():
             end = located.replayed(tau, sources) if again else located.moved(tau, y)
-            with located.root.event.capture.substituted(own), located.autocast.restored():
+            with located.root.event.capture.resumed(own), located.autocast.restored():
                 height = located.height(tau, end)
         rate, *shares = _grads(height, [tau, *sources, *own], None, again)
         along, *direct = _grads(end, [tau, *sources], g_y, again)

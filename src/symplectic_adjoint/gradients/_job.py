@@ -284,7 +284,8 @@ def record(job: Job) -> Recorded:
     # Tangents need no more than the grid.
     strategy = job.strategy if wants_grad else Checkpoint()
     if wants_grad:
-        strategy.admit([x for x in job.inputs if x.requires_grad])
+        tensors = (x for x in (job.problem.y0, *job.capture.tensors) if x.requires_grad)
+        strategy.admit([*tensors, *job.knots().values()])
     # Where no derivative can be asked for, none can be missed.
     asked = torch.is_grad_enabled() or forward_ad._current_level >= 0
     capture = job.capture if asked else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ class _Lifted:
             raise Rediscovered
         if recorded.result.error is not None:
             raise recorded.result.error
-        _add(self.stats, recorded.stats)
+        _add(self.stats, recorded.stats, _FORWARD)
         leaves = self.variables([y0, t, *capture.tensors])
         ticket = self.shelf.put(_Recording(recorded, leaves, self.moves, self.stats))
         return ticket, torch.tensor(recorded.result.nodes, dtype=torch.float64)
@@ -141,8 +141,7 @@ class _Recording:
             self.y, [self.leaves[i] for i in wanted], g, retain_graph=True, allow_unused=True
         )
         stats = self.recorded.tape.stats
-        self.stats.backward_evaluations += stats.backward_evaluations
-        self.stats.products += stats.products
+        _add(self.stats, stats, _BACKWARD)
         grads = dict(zip(wanted, found, strict=True))
         return [grads.get(i) for i in range(len(needs))]
 
@@ -218,7 +217,10 @@ def _plain(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() else x.detach()
 
 
-def _add(total: Stats, part: Stats) -> None:
-    total.accepted += part.accepted
-    total.rejected += part.rejected
-    total.evaluations += part.evaluations
+_BACKWARD = [f.name for f in fields(Stats) if f.name == "products" or f.name.startswith("backward")]
+_FORWARD = [f.name for f in fields(Stats) if f.name not in _BACKWARD]
+
+
+def _add(total: Stats, part: Stats, names: Sequence[str]) -> None:
+    for name in names:
+        setattr(total, name, getattr(total, name) + getattr(part, name))

@@ -19,7 +19,7 @@ from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid, Grid
 from symplectic_adjoint.field import DetachedField, RandomState, Stage
 from symplectic_adjoint.gradients._base import Counts, Record, Strategy, Sweep
 from symplectic_adjoint.loop import SolveShape, integrate
-from symplectic_adjoint.steppers import ImplicitRK, ScipySolver, Stepper, get, within
+from symplectic_adjoint.steppers import ImplicitAdams, ImplicitRK, ScipySolver, Stepper, get, within
 from symplectic_adjoint.steppers._base import Saved, dot
 
 
@@ -81,12 +81,9 @@ class Continuous(Strategy):
         """The method of the adjoint solve."""
         name = self.method_name
         own = forward if name is None else get(name) if isinstance(name, str) else name
-        if isinstance(own, ScipySolver):
-            own = replace(
-                own,
-                rtol=own.rtol if self.rtol is None else self.rtol,
-                atol=own.atol if self.atol is None else self.atol,
-            )
+        if isinstance(own, ImplicitAdams | ScipySolver):
+            given: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol}
+            own = replace(own, **{k: v for k, v in given.items() if v is not None})
         return own
 
 
@@ -98,8 +95,12 @@ class _AdjointSolve:
         self.strategy = strategy
         self.sweep = sweep
         self.y = sweep.y
-        setting = sweep.setting
-        self.stepper = within(strategy.stepper(sweep.stepper), setting.rtol, setting.atol)
+        rtol = sweep.setting.rtol if strategy.rtol is None else strategy.rtol
+        atol = sweep.setting.atol if strategy.atol is None else strategy.atol
+        self.setting = replace(
+            sweep.setting, direction=-sweep.setting.direction, rtol=rtol, atol=atol
+        )
+        self.stepper = within(strategy.stepper(sweep.stepper), rtol, atol)
         self.aliases = sweep.field.aliases
         self.used: set[int] = set()
         self.wants_time = sweep.out_times is not None
@@ -147,13 +148,7 @@ class _AdjointSolve:
             controller = None
         elif isinstance(sweep.stepper, ScipySolver) and self.stepper.error_order is not None:
             controller = self.strategy.controller or Adaptive()
-        setting = replace(
-            sweep.setting,
-            end=end,
-            direction=-sweep.setting.direction,
-            rtol=sweep.setting.rtol if self.strategy.rtol is None else self.strategy.rtol,
-            atol=sweep.setting.atol if self.strategy.atol is None else self.strategy.atol,
-        )
+        setting = replace(self.setting, end=end)
         if isinstance(controller, Adaptive):
             jumps = controller.jumps(start, end).tolist()
         else:

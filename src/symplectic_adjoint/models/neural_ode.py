@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from symplectic_adjoint import gradients
 from symplectic_adjoint._errors import ArgumentError
 from symplectic_adjoint._types import Func
-from symplectic_adjoint.api import resolved_stepper, solve
+from symplectic_adjoint.api import default_gradient, resolved_stepper, solve
 from symplectic_adjoint.capture import Capture
 from symplectic_adjoint.controllers import Controller
 from symplectic_adjoint.gradients import Strategy
@@ -97,11 +97,11 @@ class NeuralODE(nn.Module):
         rtol: float | Tensor = 1e-7,
         atol: float | Tensor = 1e-9,
         controller: Controller | None = None,
-        gradient: str | Strategy = "symplectic",
+        gradient: str | Strategy | None = None,
     ) -> None:
         super().__init__()
         _check_owned("func", func)
-        strategy = gradients.get(gradient)
+        strategy = gradients.get(default_gradient(method) if gradient is None else gradient)
         strategy.check(resolved_stepper(method, strategy))
         self.func = func
         self.t = t
