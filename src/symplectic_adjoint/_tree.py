@@ -166,7 +166,8 @@ def _outline(tree: pytree.TreeSpec) -> Any:
 def _check_leaf(name: str, leaf: Any) -> None:
     if not isinstance(leaf, Tensor):
         raise ArgumentError(
-            f"{name} must be a tensor, but is {type(leaf).__name__}; wrap it in torch.as_tensor"
+            f"{name} must be a tensor, but is {type(leaf).__name__}; wrap it in "
+            "torch.as_tensor, with the dtype of func's parameters"
         )
     if not (leaf.is_floating_point() or leaf.is_complex()):
         raise ArgumentError(

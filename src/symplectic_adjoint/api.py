@@ -109,7 +109,7 @@ def solve(
     if isinstance(stepper, ScipySolver):
         controller = _scipy_controller(controller, events, dense)
     elif controller is None:
-        controller = FixedGrid() if stepper.error_order is None else Adaptive()
+        controller = default_controller(stepper)
     arguments = list(args)
     spec, flat = StateSpec.of(y0)
 
@@ -158,6 +158,11 @@ def solve(
             error.solution = solution
             raise error
     return solution
+
+
+def default_controller(stepper: Stepper) -> Controller:
+    """The controller of a method where none is asked for."""
+    return FixedGrid() if stepper.error_order is None else Adaptive()
 
 
 def default_gradient(method: str | Stepper | None) -> str:

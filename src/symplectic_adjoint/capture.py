@@ -362,11 +362,9 @@ class Capture:
         for tensor in tensors:
             self._add(tensor, "", None)
 
-    @contextlib.contextmanager
-    def guarded(self) -> Generator[None]:
+    def guarded(self) -> contextlib.AbstractContextManager[Any]:
         """Raise where a tensor of a transform is used that is not replaced."""
-        with _Guard(self):
-            yield
+        return _Guard(self)
 
     def _describe(self, tensor: Tensor) -> str:
         kind = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
@@ -640,7 +638,6 @@ class _Guard(TorchFunctionMode):
 
     def __init__(self, capture: Capture) -> None:
         super().__init__()
-        self._capture = capture
         self._passes = capture._replaced()
 
     def __torch_function__(

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 from symplectic_adjoint import gradients
 from symplectic_adjoint._errors import SolveError, UnderResolvedWarning
 from symplectic_adjoint._tree import as_real
-from symplectic_adjoint.api import resolved_stepper, solve
+from symplectic_adjoint.api import default_controller, resolved_stepper, solve
 from symplectic_adjoint.capture import Capture, graph_leaves
-from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid, SensitivityControl
+from symplectic_adjoint.controllers import Controller, FixedGrid, SensitivityControl
 from symplectic_adjoint.field import RandomState
 from symplectic_adjoint.gradients import ACA, Backprop, Strategy
 from symplectic_adjoint.memory import peak_memory
@@ -284,7 +284,7 @@ def check_gradient(
     strategy = gradients.get(gradient)
     stepper = resolved_stepper(method, strategy)
     if controller is None:
-        controller = FixedGrid() if stepper.error_order is None else Adaptive()
+        controller = default_controller(stepper)
     options = {"method": stepper, "rtol": rtol, "atol": atol}
     probe = _Probe(func, y0, _as_times(t), args, loss, options)
     own = probe.sample(controller, strategy)

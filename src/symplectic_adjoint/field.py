@@ -187,6 +187,10 @@ class Field:
             stage.k = self._evaluate(stage)
         return stage.k
 
+    def value(self, stage: Stage) -> Tensor:
+        """``stage.k``, evaluated where it is not known yet."""
+        return self.evaluate(stage) if stage.k is None else stage.k
+
     def _evaluate(self, stage: Stage) -> Tensor:
         raise NotImplementedError
 

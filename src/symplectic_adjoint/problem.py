@@ -36,23 +36,19 @@ class Problem:
         return 1.0 if self.times[-1] > self.times[0] else -1.0
 
     @staticmethod
-    def of(y0: Any, t: Any, endless: bool = False) -> Problem:
-        """Check and normalise a caller's ``y0`` and ``t``.
+    def flat(spec: StateSpec, flat: Tensor, t: Any, endless: bool = False) -> Problem:
+        """Check and normalise a caller's initial state, flat already, and times.
 
         Args:
-            y0: The caller's initial state.
+            spec: How the caller's state maps onto the flat one.
+            flat: The flat initial state.
             t: The caller's times.
             endless: Whether the last time may be infinite.
 
         Raises:
-            ArgumentError: ``y0`` is no pytree of floating-point tensors or is not finite, or
-                ``t`` is not a strictly monotone 1-D sequence of at least two finite times.
+            ArgumentError: The state is not finite, or ``t`` is not a strictly monotone 1-D
+                sequence of at least two finite times.
         """
-        return Problem.flat(*StateSpec.of(y0), t, endless)
-
-    @staticmethod
-    def flat(spec: StateSpec, flat: Tensor, t: Any, endless: bool = False) -> Problem:
-        """The same for a state that is flat already."""
         bad = (~torch.isfinite(flat.detach())).reshape(-1).nonzero()
         if len(bad):
             raise ArgumentError(

@@ -368,15 +368,13 @@ def _from_options(
 ) -> tuple[Stepper, Controller | None]:
     options = _checked(options, "options")
     if isinstance(stepper, ScipySolver):
-        return _scipy_from_options(stepper, options), None
+        _check_names(stepper, options, options_of(stepper))
+        return replace(stepper, **options), None
     # As in torchdiffeq, implicit methods step on a grid even where they estimate their error.
     adaptive = stepper.error_order is not None and not isinstance(stepper, ImplicitRK)
     own = options_of(stepper)
     general = (*_ADAPTIVE_OPTIONS, "dtype") if adaptive else (*_GRID_OPTIONS, "interp")
-    valid = (*general, "norm", *own)
-    for name in options:
-        if name not in valid:
-            raise UnknownNameError(f"option of method {stepper.name!r}", name, valid)
+    _check_names(stepper, options, (*general, "norm", *own))
     norm = _state_norm(options.get("norm"), y0)
     if adaptive:
         _check_dtype(options.get("dtype", torch.float64))
@@ -396,12 +394,10 @@ def _from_options(
     return stepper, FixedGrid(**grid)
 
 
-def _scipy_from_options(stepper: ScipySolver, options: Mapping[str, Any]) -> ScipySolver:
-    valid = options_of(stepper)
+def _check_names(stepper: Stepper, options: Mapping[str, Any], valid: Sequence[str]) -> None:
     for name in options:
         if name not in valid:
             raise UnknownNameError(f"option of method {stepper.name!r}", name, valid)
-    return replace(stepper, **options)
 
 
 def _checked(options: Any, name: str) -> Mapping[str, Any]:

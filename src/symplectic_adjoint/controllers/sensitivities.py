@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,7 +95,6 @@ class SensitivityControl(Adaptive):
             ArgumentError: The method estimates no error or is implicit, or a tolerance is unusable.
             UnknownNameError: ``inputs`` names nothing that requires grad.
         """
-        plain = Adaptive(**{f.name: getattr(self, f.name) for f in fields(Adaptive)})
         directions = self._directions(setting.inputs, state.y)
         if isinstance(stepper, ImplicitRK):
             raise ArgumentError(
@@ -103,7 +102,7 @@ class SensitivityControl(Adaptive):
                 "use Adaptive(), with tighter tolerances where the gradient needs them"
             )
         if not directions or stepper.error_order is None:
-            return plain.begin(field, stepper, state, setting)
+            return super().begin(field, stepper, state, setting)
         y = state.y.detach()
         first = [torch.zeros_like(y) if dy is None else dy for dy, _ in directions]
         z = torch.stack([y, *first])
@@ -114,9 +113,8 @@ class SensitivityControl(Adaptive):
             stepper.slope(tangents, start)
             # The derivatives need the very numbers that the stages have drawn.
             field.random = field.random or not before.same(RandomState(field.device))
-            pace = replace(plain, norm=_largest(self.norm)).begin(
-                tangents, stepper, start, self._tolerances(setting, z)
-            )
+            joint = replace(self, norm=_largest(self.norm))
+            pace = Adaptive.begin(joint, tangents, stepper, start, self._tolerances(setting, z))
         return SensitivityPace(pace, tangents, start, state.node)
 
     def _directions(self, inputs: Sequence[tuple[str, Tensor]], y: Tensor) -> list[Direction]:

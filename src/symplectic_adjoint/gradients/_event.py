@@ -30,7 +30,7 @@ from symplectic_adjoint.capture import detached, foreign_leaves, has_tangent
 from symplectic_adjoint.events import Root
 from symplectic_adjoint.field import Field
 from symplectic_adjoint.gradients._base import Record
-from symplectic_adjoint.gradients._function import Autocast, Tape, refuse, replayed
+from symplectic_adjoint.gradients._function import Tape, refuse, replayed
 from symplectic_adjoint.loop import Outputs, Stats
 from symplectic_adjoint.steppers._base import Saved, scaled
 
@@ -44,14 +44,12 @@ class Located:
         field: Makes the times that the event function receives.
         tape: The solve, to be replayed for derivatives of derivatives.
         random: Whether ``func`` draws random numbers.
-        autocast: Autocast state of the forward pass.
     """
 
     root: Root
     field: Field
     tape: Tape
     random: bool
-    autocast: Autocast
 
     def attach(self, y: Tensor, y0: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """The event time and the state there.
@@ -155,7 +153,7 @@ class _Moved(torch.autograd.Function):
         sources, own = tensors[:count] if again else [y], tensors[count:]
         with torch.enable_grad():
             end = located.replayed(tau, sources) if again else located.moved(tau, y)
-            with located.root.event.capture.resumed(own), located.autocast.restored():
+            with located.root.event.capture.resumed(own), located.tape.autocast.restored():
                 height = located.height(tau, end)
         rate, *shares = _grads(height, [tau, *sources, *own], None, again)
         along, *direct = _grads(end, [tau, *sources], g_y, again)

@@ -107,7 +107,7 @@ class Job:
 
         Any other output that happens to lie there is interpolated, so that its own time moves it.
         """
-        if not self.wants_time or self.grid is self.problem.t:
+        if self.grid is self.problem.t or not self.wants_time:
             return True
         constructed = isinstance(self.controller, FixedGrid) and self.controller.grid_constructor
         return t1 == self.problem.times[-1] and not constructed
@@ -214,9 +214,11 @@ def _backprop(job: Job) -> tuple[Solution, SolveError | None]:
     if result.y.requires_grad:
         counts = job.strategy.counts(job.stepper, _shape(job, result, stats))
         result.y.register_hook(functools.partial(_write_counts, stats, counts, field))
-    tape = _tape(job, field, result, stats, records, ())
-    random = bool(job.events) and not drawn.same(RandomState(field.device))
-    y, crossing = _crossing(job, field, result, tape, result.y, random)
+    y, crossing = result.y, None
+    if result.event is not None:
+        tape = _tape(job, field, result, stats, records, ())
+        random = not drawn.same(RandomState(field.device))
+        y, crossing = _crossing(job, field, result, tape, y, random)
     return _solution(job, result, stats, y, dense, crossing), result.error
 
 
@@ -269,9 +271,10 @@ class Recorded:
 def _recorded(job: Job) -> tuple[Solution, SolveError | None]:
     """The forward pass with no graph, then its outputs attached to the caller's graph."""
     recorded = record(job)
-    result, tape, nodes = recorded.result, recorded.tape, job.nodes(recorded.result.nodes)
+    result, tape = recorded.result, recorded.tape
     wanted, dense = job.wants_grad or job.wants_tangent, None
     if job.keep_dense:
+        nodes = job.nodes(result.nodes)
         dense = RecordedDense(job.problem, tape, recorded.saved, nodes, wanted)
     y = recorded.attached() if wanted else result.y
     y, crossing = _crossing(job, recorded.field, result, tape, y, job.random)
@@ -307,7 +310,9 @@ def record(job: Job) -> Recorded:
             dense_records.clear()
         end = _cut(job.stepper, step) if setting.cuts(as_float(step.t1)) else None
         if wanted:
-            records.append(replace(strategy.keep(job.stepper, n, step), end=end))
+            kept = strategy.keep(job.stepper, n, step)
+            kept.end = end
+            records.append(kept)
         if job.keep_dense:
             dense_records.append(Record(job.stepper.save(step, stages=True), end=end))
 
@@ -388,10 +393,6 @@ def _output_times(job: Job, t: Tensor) -> OutputTimes:
     return OutputTimes(job.problem.times, job.problem.direction, t, job.hits)
 
 
-def _nothing(n: int, step: Any, outputs: Outputs) -> None:
-    """Keeps nothing of a step."""
-
-
 def _tape(
     job: Job,
     field: Any,
@@ -436,7 +437,7 @@ def _crossing(
     root = result.event
     if root is None:
         return y, None
-    located = Located(root, field, tape, random, Autocast(field.device))
+    located = Located(root, field, tape, random)
     tau, end = located.attach(y[-1], job.problem.y0, job.nodes(result.nodes))
     end = job.problem.spec.unflatten(end)
     return y[:-1].clone(), Crossing(tau, end, root.event.index, root.component)

@@ -67,9 +67,8 @@ def get(name: str) -> Stepper:
 
 def within(stepper: Stepper, rtol: float | Tensor, atol: float | Tensor) -> Stepper:
     """The method with the tolerances of a solve, which one that iterates within its steps needs."""
-    if isinstance(stepper, ImplicitAdams | ImplicitRK | ScipySolver):
-        return stepper.within(rtol, atol)
-    return stepper
+    bound: Callable[..., Stepper] | None = getattr(stepper, "within", None)
+    return stepper if bound is None else bound(rtol, atol)
 
 
 def options_of(stepper: Stepper) -> tuple[str, ...]:

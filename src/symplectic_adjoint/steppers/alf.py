@@ -81,7 +81,7 @@ class ALF:
         return ALFState(t, y, Stage(t, y))
 
     def slope(self, field: Field, state: ALFState) -> Tensor:
-        return field.evaluate(state.node) if state.node.k is None else state.node.k
+        return field.value(state.node)
 
     def step(
         self,
@@ -128,7 +128,7 @@ class ALF:
         v, v1 = step.start.node.k, step.finish.node.k
         assert v is not None
         assert v1 is not None
-        u = field.evaluate(step.mid) if step.mid.k is None else step.mid.k
+        u = field.value(step.mid)
         k = torch.stack([v, u, v1])
         weights = (powers(theta, 3) @ _DENSE.T).to(k)
         y: Tensor = step.start.y + scaled(step.h, torch.tensordot(weights, k, dims=1))

@@ -135,7 +135,7 @@ class RungeKutta:
         return RKState(t, y, Stage(t, y))
 
     def slope(self, field: Field, state: RKState) -> Tensor:
-        return _value(field, state.node)
+        return field.value(state.node)
 
     def step(
         self, field: Field, state: RKState, t1: Time, tokens: Sequence[RandomState | None] = ()
@@ -147,9 +147,9 @@ class RungeKutta:
     def error(self, field: Field, step: RKStep) -> Tensor:
         (weight, first), *rest = self.error_terms
         h = as_float(step.h)
-        error = torch.mul(_value(field, step.stages[first]).detach(), h * weight)
+        error = torch.mul(field.value(step.stages[first]).detach(), h * weight)
         for weight, i in rest:
-            error.add_(_value(field, step.stages[i]).detach(), alpha=h * weight)
+            error.add_(field.value(step.stages[i]).detach(), alpha=h * weight)
         return error
 
     def end(self, step: RKStep) -> RKState:
@@ -166,7 +166,7 @@ class RungeKutta:
 
     def interpolate(self, field: Field, step: RKStep, theta: Tensor) -> Tensor:
         self._extend(field, step, len(self.rows))
-        k = torch.stack([_value(field, step.stages[i]) for i in self.dense_stages])
+        k = torch.stack([field.value(step.stages[i]) for i in self.dense_stages])
         weights = self._weights(theta).to(k)
         increment = torch.tensordot(weights, k, dims=1)
         y: Tensor = step.start.y + scaled(step.h, increment)
@@ -390,16 +390,12 @@ def _terms(row: Sequence[float]) -> Terms:
     return tuple((float(w), j) for j, w in enumerate(row) if w != 0)
 
 
-def _value(field: Field, stage: Stage) -> Tensor:
-    return field.evaluate(stage) if stage.k is None else stage.k
-
-
 def _combine(field: Field, y: Tensor, h: Time, stages: Sequence[Stage], row: Terms) -> Tensor:
     """``y + h sum w k``, evaluating ``f`` where a stage has no value yet."""
     if not row:
         return y
     # All evaluations come before memory is taken for the sum.
-    (weight, k), *rest = [(w, _value(field, stages[j])) for w, j in row]
+    (weight, k), *rest = [(w, field.value(stages[j])) for w, j in row]
     if isinstance(h, Tensor):
         return y + scaled(h, sum((w * k for w, k in rest), start=weight * k))
     x = torch.add(y, k, alpha=h * weight)

@@ -36,6 +36,7 @@ and so on (each agrees with the root to one order more); a derivative beyond tha
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -120,20 +121,11 @@ class ImplicitRK(RungeKutta):
         work = super()._work()
         return replace(work, node=int(used), start=int(used), extra=work.extra + dense)
 
-    def replaced(self, **changes: Any) -> ImplicitRK:
-        """The same method with other arguments, by their names."""
-        arguments = {
-            "tableau": self.tableau,
-            "interpolant": self.dense,
-            "newton": self.newton,
-            "rtol": self.rtol,
-            "atol": self.atol,
-        }
-        return ImplicitRK(**{**arguments, **changes})
-
     def within(self, rtol: Tolerance, atol: Tolerance) -> ImplicitRK:
         """The same method with the tolerances of a solve."""
-        return self.replaced(rtol=rtol, atol=atol)
+        own = copy.copy(self)
+        own.rtol, own.atol = rtol, atol
+        return own
 
     def configured(self, options: Mapping[str, Any], *, linear: bool) -> ImplicitRK:
         """The method with the fields of ``Newton`` among ``options``, and its dense output.
@@ -142,7 +134,8 @@ class ImplicitRK(RungeKutta):
         """
         given = {name: options[name] for name in NEWTON_OPTIONS if name in options}
         interpolant = straight(self.tableau.b) if linear else self.dense
-        return self.replaced(interpolant=interpolant, newton=replace(self.newton, **given))
+        newton = replace(self.newton, **given)
+        return ImplicitRK(self.tableau, interpolant, newton, self.rtol, self.atol)
 
     # Forward ---------------------------------------------------------------------------------
 
@@ -338,19 +331,21 @@ class _Measure:
     """The size of a correction, in units of what may be left of it."""
 
     def __init__(self, method: ImplicitRK, base: Tensor, h: float) -> None:
-        self.method = method
-        self.base = base
         self.h = abs(h)
         self.eps = torch.finfo(real_dtype(base)).eps
+        self.size = torch.linalg.vector_norm(base)
+        self.allowed: Tensor | None = None
+        if (tolerance := method.newton.tolerance) is not None:
+            self.allowed = method.atol + method.rtol * base.abs()
+            self.unit = torch.full_like(base, tolerance).norm()
 
     def __call__(self, correction: Tensor, k: Tensor) -> Tensor:
-        method, moved = self.method, self.h * correction
-        if method.newton.tolerance is None:
-            reach = torch.linalg.vector_norm(self.base) + self.h * torch.linalg.vector_norm(k)
+        moved = self.h * correction
+        if self.allowed is None:
+            reach = self.size + self.h * torch.linalg.vector_norm(k)
             unit = self.eps * reach.clamp_min(torch.finfo(reach.dtype).tiny)
         else:
-            moved = moved / (method.atol + method.rtol * self.base.abs())
-            unit = torch.full_like(moved, method.newton.tolerance).norm()
+            moved, unit = moved / self.allowed, self.unit
         size: Tensor = torch.linalg.vector_norm(moved) / unit
         return size
 

@@ -240,7 +240,7 @@ class _Adams:
         return AdamsState(t, y, Stage(t, y))
 
     def slope(self, field: Field, state: AdamsState) -> Tensor:
-        return _value(field, state.node)
+        return field.value(state.node)
 
     def step(
         self, field: Field, state: AdamsState, t1: Time, tokens: Sequence[RandomState | None] = ()
@@ -265,7 +265,7 @@ class _Adams:
         raise NotImplementedError
 
     def _slopes(self, field: Field, state: AdamsState) -> list[Tensor]:
-        slopes = [_value(field, state.node)]
+        slopes = [field.value(state.node)]
         for slope in state.past:
             assert slope.k is not None
             slopes.append(slope.k)
@@ -304,7 +304,7 @@ class _Adams:
         parts = [step.y1 - y]
         if len(basis) > 1:
             ends = (step.stages[0], step.node)
-            parts += [scaled(step.h, _value(field, stage)) for stage in ends]
+            parts += [scaled(step.h, field.value(stage)) for stage in ends]
         weights = (powers(theta, basis.shape[1]) @ basis.T).to(y)
         between: Tensor = y + torch.tensordot(weights, torch.stack(parts), dims=1)
         return between
@@ -536,6 +536,10 @@ class _Transpose:
         self.dense = dense
         self.basis = _BETWEEN[interp]
         self.shares = self._dense_shares()
+        # Asked for again by every iteration of the corrector.
+        self._weights = functools.cache(functools.partial(adams_weights, self.times))
+        device = reversal.field.device
+        self._moved = functools.cache(functools.partial(_moved_weights, self.times, device))
 
     def pull_node(self, cotangent: Cotangent) -> Tensor:
         """The cotangent of ``y1``, its slope pulled back."""
@@ -591,15 +595,6 @@ class _Transpose:
         share: Tensor = self.dense.g.sum(0) - self.shares[0]
         return share
 
-    def _weights(self, explicit: bool) -> list[float]:
-        return adams_weights(self.times, explicit)
-
-    def _moved(self, explicit: bool) -> Tensor:
-        """Derivatives of the weights with respect to the step times, oldest first."""
-        rows = torch.tensor(weight_slopes(self.times, explicit), dtype=torch.float64)
-        assert self.cotangents is not None
-        return rows.flip(1).to(self.cotangents.values.device)
-
     def _report_slope(self, row: Tensor, lam: Tensor, k: Tensor) -> None:
         """With a slope known: what its weight's dependence on the step times contributes."""
         assert self.cotangents is not None
@@ -629,8 +624,9 @@ class _Transpose:
         return shares.unbind()
 
 
-def _value(field: Field, stage: Stage) -> Tensor:
-    return field.evaluate(stage) if stage.k is None else stage.k
+def _moved_weights(times: Sequence[float], device: torch.device, explicit: bool) -> Tensor:
+    """Derivatives of the weights with respect to the step times, oldest first."""
+    return torch.tensor(weight_slopes(times, explicit), dtype=torch.float64).flip(1).to(device)
 
 
 def _sum(weights: Sequence[Time], slopes: Sequence[Tensor]) -> Tensor:

@@ -110,7 +110,7 @@ class ScipySolver:
         return RKState(t, y, Stage(t, y))
 
     def slope(self, field: Field, state: RKState) -> Tensor:
-        return field.evaluate(state.node) if state.node.k is None else state.node.k
+        return field.value(state.node)
 
     def step(
         self, field: Field, state: RKState, t1: Time, tokens: Sequence[RandomState | None] = ()
