@@ -71,6 +71,18 @@ class SecondDerivativeError(SymplecticAdjointError, RuntimeError):
     """A second derivative was asked of a strategy that cannot give the right one."""
 
 
+class CompilationError(SymplecticAdjointError, RuntimeError):
+    """A solve cannot be compiled as asked; ``execution="eager"`` runs anything."""
+
+
+class Stuck(Exception):  # noqa: N818 - a signal, not an error
+    """A compiled solve cannot reach its end; the eager loop finds and says why."""
+
+
+class ExecutionWarning(UserWarning):
+    """``execution="auto"`` runs a solve in a slower tier, because a faster one cannot."""
+
+
 class UnderResolvedWarning(UserWarning):
     """The steps resolve the solution, but not its derivatives; see ``check_gradient``."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -50,3 +52,12 @@ def one_sided(t: Time, side: float) -> Time:
 def side_of(t: Time) -> float:
     """The side from which a time is seen, or 0.0."""
     return getattr(t, "side", 0.0)
+
+
+def code_of(func: Any) -> Any:
+    """What tells functions apart: their code, or the class of callable objects."""
+    if isinstance(func, functools.partial):
+        return ("partial", code_of(func.func))
+    if isinstance(func, types.MethodType):
+        func = func.__func__
+    return getattr(func, "__code__", None) or type(func)

@@ -21,7 +21,8 @@ from symplectic_adjoint.capture import Capture, transformed, varies
 from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid, no_times, number
 from symplectic_adjoint.events import Event, FlatEvent, listed
 from symplectic_adjoint.gradients import Strategy
-from symplectic_adjoint.gradients._job import Job, execute
+from symplectic_adjoint.gradients._execution import check_execution, execute
+from symplectic_adjoint.gradients._job import Job
 from symplectic_adjoint.gradients._transform import solve_lifted
 from symplectic_adjoint.problem import Problem, as_times, flat_func
 from symplectic_adjoint.progress import reporter
@@ -49,6 +50,7 @@ def solve(
     throw: bool = True,
     dense: bool = False,
     progress: bool | Callable[[float], None] | None = None,
+    execution: str = "eager",
 ) -> Solution:
     """Solve ``dy/dt = func(t, y, *args)`` from ``y(t[0]) = y0``, differentiably.
 
@@ -79,12 +81,16 @@ def solve(
             returned with its status.
         dense: Keep every step, so that ``solution.dense(t)`` works.
         progress: True for a progress meter, or a function called with each time reached.
+        execution: ``"eager"`` runs any ``func``. ``"loop"`` compiles the whole solve, and its whole
+            reverse sweep, at its first use: seconds once, several times faster ever after.
+            ``"auto"`` compiles what can be compiled, and warns once where it cannot.
 
     Returns:
         The solution; ``solution.y`` has shape (T, ...), with as many times as were reached.
 
     Raises:
         ArgumentError: An argument is unusable.
+        CompilationError: The solve cannot be compiled as ``execution`` asks.
         FieldOutputError: ``func`` returned no derivative of the state.
         CaptureError: ``func`` depends on a tensor whose gradient would be lost.
         SolveError: ``t[-1]`` could not be reached (``NonFiniteError``, ``StepUnderflowError``,
@@ -102,6 +108,7 @@ def solve(
         0.6065
     """
     _check(func, args, controller)
+    check_execution(execution)
     strategy = gradients.get(default_gradient(method) if gradient is None else gradient)
     stepper = within(resolved_stepper(method, strategy), rtol, atol)
     strategy.check(stepper)
@@ -147,7 +154,7 @@ def solve(
         return solve_lifted(job, spec, flat, as_times(t), capture)
     task = job(flat, t, capture)
     error: SolveError | None
-    solution, error = execute(task)
+    solution, error = execute(task, func, execution)
     endless = bool(events) and math.isinf(float(as_times(t).detach()[-1]))
     if endless and solution.event is None and isinstance(error, StepLimitError | None):
         error = _not_found(solution)

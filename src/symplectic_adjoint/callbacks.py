@@ -41,6 +41,11 @@ class Callbacks:
         self._found: dict[str, Callable[..., Any] | None] = found
         self._made = self._now = 0
 
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to tell."""
+        return any(call is not None for call in self._found.values())
+
     def restart(self) -> None:
         """A solve starts again from its beginning: calls that were made are not repeated."""
         self._now = 0

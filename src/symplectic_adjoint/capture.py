@@ -168,11 +168,15 @@ class Capture:
         """Whether all but some listed tensors are constants."""
         return self._only is not None
 
+    def lists(self, tensor: Tensor) -> bool:
+        """Whether a tensor is not to be a constant."""
+        return self._only is None or id(tensor) in self._only
+
     def _add(self, tensor: Tensor, name: str, slot: _Slot | None) -> None:
         value = tensor
         if not wrapped(tensor) and not tensor.is_inference():
             self._versions.append((tensor, tensor._version))
-        if self._only is not None and id(tensor) not in self._only:
+        if not self.lists(tensor):
             if not wrapped(tensor):
                 if slot is not None:
                     self._constants.append((slot, tensor))
@@ -323,7 +327,7 @@ class Capture:
                 "detach them."
             )
         for tensor in new:
-            if self._only is None or id(tensor) in self._only:
+            if self.lists(tensor):
                 self._add(tensor, "", None)
             else:
                 self._hidden_constants.append((tensor, tensor))

@@ -241,17 +241,20 @@ class AdaptivePace:
 
     def scaled(self, x: Tensor, size: Tensor) -> Tensor:
         """The norm of ``x`` where the solution has magnitude ``size``."""
-        if self._tolerances is None:
-            self._tolerances = self._beside(size)
-        rtol, atol = self._tolerances
+        rtol, atol = self.tolerances(size)
         norm: Norm = self.controller.norm or torch.linalg.vector_norm
         return norm(x / torch.addcmul(atol, size, rtol))
 
-    def _beside(self, size: Tensor) -> tuple[Tensor, Tensor]:
+    def tolerances(self, size: Tensor) -> tuple[Tensor, Tensor]:
         """``rtol`` and ``atol`` as tensors beside the state: scaling an error is two operations.
 
         The root of the mean in the default norm is taken into them.
         """
+        if self._tolerances is None:
+            self._tolerances = self._beside(size)
+        return self._tolerances
+
+    def _beside(self, size: Tensor) -> tuple[Tensor, Tensor]:
         factor = 1.0 if self.controller.norm is not None else math.sqrt(max(size.numel(), 1))
         tolerances = (self.setting.rtol, self.setting.atol)
         rtol, atol = (

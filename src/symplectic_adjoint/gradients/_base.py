@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from symplectic_adjoint.steppers._base import (
     Saved,
     TimeCotangents,
 )
+
+Keeps: TypeAlias = Literal["points", "states", "start"]
+"""All stages where they were evaluated, the states between the steps, or the first state alone."""
 
 
 @dataclass
@@ -175,12 +178,14 @@ class Strategy:
         exact: Whether the gradient is that of the computed solution, up to rounding.
         method: The only method that the strategy works with, or None.
         keeps_outputs: Whether the backward pass needs the solution at the output times.
+        keeps: What the compiled loop keeps of a solve; None where it does not run the strategy.
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool] = True
     method: ClassVar[str | None] = None
     keeps_outputs: ClassVar[bool] = False
+    keeps: Keeps | None = None
 
     def check(self, stepper: Stepper) -> None:
         """Refuse a method that the strategy cannot reverse.
@@ -221,6 +226,10 @@ class Strategy:
     def sums(self, aliases: Sequence[Tensor]) -> InPlace:
         """How the gradients of captured tensors are summed over the products."""
         return InPlace(aliases)
+
+    def zeros(self, like: Tensor) -> Tensor:
+        """Where the compiled loop begins to sum the gradients of a captured tensor."""
+        return torch.zeros_like(like)
 
     def keep(self, stepper: Stepper, n: int, step: Any) -> Record:
         """What is kept of step ``n``."""

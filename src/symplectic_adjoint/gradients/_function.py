@@ -100,6 +100,25 @@ class Tape:
             record.graphs = ()
         return parts[0], records
 
+    def reversed(
+        self,
+        inputs: Sequence[Tensor],
+        needs: Sequence[bool],
+        y: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        g: Tensor,
+    ) -> list[Tensor | None]:
+        """First derivatives, by the strategy.
+
+        Args:
+            inputs: y0, step times, output times, and what ``func`` depends on.
+            needs: Which of them need one.
+            y: The outputs, where the strategy keeps them.
+            kept: The tensors that ``release`` gave.
+            g: The cotangents of the outputs.
+        """
+        return _reversed(self, inputs, needs, y, kept, g)
+
 
 class Autocast:
     """The autocast state of a device, to be restored where a stage is recomputed."""
@@ -197,7 +216,7 @@ class _Recording:
         raise NotImplementedError
 
     def pull(self, g: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
-        return _reversed(self.tape, self.inputs, needs, self.y, self.kept, g)
+        return self.tape.reversed(self.inputs, needs, self.y, self.kept, g)
 
     def replay(self, xs: Sequence[Tensor]) -> Sequence[Tensor]:
         return [replayed(self.tape, xs)[0]]

@@ -216,7 +216,7 @@ def _backprop(job: Job) -> tuple[Solution, SolveError | None]:
         result.y.register_hook(functools.partial(_write_counts, stats, counts, field))
     y, crossing = result.y, None
     if result.event is not None:
-        tape = _tape(job, field, result, stats, records, ())
+        tape = tape_of(job, field, result, stats, records, ())
         random = not drawn.same(RandomState(field.device))
         y, crossing = _crossing(job, field, result, tape, y, random)
     return _solution(job, result, stats, y, dense, crossing), result.error
@@ -270,8 +270,12 @@ class Recorded:
 
 def _recorded(job: Job) -> tuple[Solution, SolveError | None]:
     """The forward pass with no graph, then its outputs attached to the caller's graph."""
-    recorded = record(job)
-    result, tape = recorded.result, recorded.tape
+    return finished(record(job))
+
+
+def finished(recorded: Recorded) -> tuple[Solution, SolveError | None]:
+    """A recorded solve with its outputs attached to the caller's graph."""
+    job, result, tape = recorded.job, recorded.result, recorded.tape
     wanted, dense = job.wants_grad or job.wants_tangent, None
     if job.keep_dense:
         nodes = job.nodes(result.nodes)
@@ -323,7 +327,7 @@ def record(job: Job) -> Recorded:
         result, stats = _run(job, field, {}, times, keep, graph=False)
     # A grid that had to be checked step by step may have got further before.
     del records[len(result.outputs) :], dense_records[len(result.outputs) :]
-    tape = _tape(job, field, result, stats, records, aliases)
+    tape = tape_of(job, field, result, stats, records, aliases)
     return Recorded(job, result, stats, field, tape, dense_records)
 
 
@@ -393,7 +397,7 @@ def _output_times(job: Job, t: Tensor) -> OutputTimes:
     return OutputTimes(job.problem.times, job.problem.direction, t, job.hits)
 
 
-def _tape(
+def tape_of(
     job: Job,
     field: Any,
     result: Run,

@@ -21,6 +21,7 @@ class ACA(Strategy):
     """
 
     name = "aca"
+    keeps = "states"
 
     def keep(self, stepper: Stepper, n: int, step: Any) -> Record:
         return Record(stepper.save(step, stages=False))

@@ -18,6 +18,7 @@ class Checkpoint(Strategy):
     """Keeps ``y0`` and the accepted grid; the backward pass replays the solve under autograd."""
 
     name = "checkpoint"
+    keeps = "start"
 
     def keep(self, stepper: Stepper, n: int, step: Any) -> Record:
         return Record(Saved((), stepper.save(step, stages=False).tokens))

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from symplectic_adjoint._errors import ArgumentError, UnknownNameError
 from symplectic_adjoint.accumulate import Compensated, Float64, InPlace
 from symplectic_adjoint.capture import Capture
 from symplectic_adjoint.field import DetachedField, LeafField
-from symplectic_adjoint.gradients._base import Counts, Record, Strategy, Sweep, stagewise
+from symplectic_adjoint.gradients._base import Counts, Keeps, Record, Strategy, Sweep, stagewise
 from symplectic_adjoint.loop import SolveShape
 from symplectic_adjoint.steppers import ImplicitRK, Stepper
 
@@ -53,6 +54,16 @@ class Symplectic(Strategy):
             raise UnknownNameError("store", self.store, _STORES)
         if self.accumulate not in _SUMS:
             raise UnknownNameError("accumulate", self.accumulate, _SUMS)
+
+    @property
+    def keeps(self) -> Keeps | None:  # type: ignore[override]
+        if self.accumulate == "compensated":
+            return None
+        return "states" if self.store == "steps" else "points"
+
+    def zeros(self, like: Tensor) -> Tensor:
+        dtype = torch.float64 if self.accumulate == "float64" else like.dtype
+        return torch.zeros_like(like, dtype=dtype)
 
     def check(self, stepper: Stepper) -> None:
         super().check(stepper)

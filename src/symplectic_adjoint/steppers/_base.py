@@ -97,6 +97,27 @@ class DenseCotangent:
     g: Tensor
     slopes: Tensor | None = None
 
+    @property
+    def total(self) -> Tensor:
+        """The sum of the cotangents."""
+        return self.g.sum(0)
+
+
+@dataclass(slots=True)
+class DenseMoments:
+    """Cotangents of outputs inside a step, summed with the powers of their places as weights.
+
+    Attributes:
+        moments: ``sum_m (2 theta_m - 1)^q g_m`` for q = 0, 1, ... (degree + 1, ...).
+    """
+
+    moments: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the cotangents."""
+        return self.moments[0]
+
 
 @dataclass(slots=True)
 class TimeCotangents:
@@ -264,6 +285,21 @@ class Stepper(Protocol):
 def scaled(h: Time, x: Tensor) -> Tensor:
     """``h x`` in the dtype of ``x``; a 0-dim one would be promoted by a time with a gradient."""
     return (h * x).to(x.dtype) if isinstance(h, Tensor) else h * x
+
+
+def add_scaled(x: Tensor, k: Tensor, h: Time, weight: float) -> Tensor:
+    """``x + h weight k``."""
+    if isinstance(h, Tensor):
+        return x + scaled(h * weight, k)
+    return torch.add(x, k, alpha=h * weight)
+
+
+def add_scaled_(x: Tensor, k: Tensor, h: Time, weight: float) -> None:
+    """Add ``h weight k`` to ``x`` in place."""
+    if isinstance(h, Tensor):
+        x += scaled(h * weight, k)
+    else:
+        x.add_(k, alpha=h * weight)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -25,22 +25,25 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from symplectic_adjoint._errors import ArgumentError
-from symplectic_adjoint._types import Time, as_float
+from symplectic_adjoint._types import Time
 from symplectic_adjoint.dense import Interpolant
 from symplectic_adjoint.field import DetachedField, Field, RandomState, Stage
 from symplectic_adjoint.rootfind import Jacobian
 from symplectic_adjoint.steppers._base import (
     Cotangent,
     DenseCotangent,
+    DenseMoments,
     Reversal,
     Saved,
     Work,
+    add_scaled,
+    add_scaled_,
     dot,
     power_slopes,
     powers,
@@ -146,10 +149,10 @@ class RungeKutta:
 
     def error(self, field: Field, step: RKStep) -> Tensor:
         (weight, first), *rest = self.error_terms
-        h = as_float(step.h)
-        error = torch.mul(field.value(step.stages[first]).detach(), h * weight)
+        h = step.h.detach() if isinstance(step.h, Tensor) else step.h
+        error = scaled(h * weight, field.value(step.stages[first]).detach())
         for weight, i in rest:
-            error.add_(field.value(step.stages[i]).detach(), alpha=h * weight)
+            add_scaled_(error, field.value(step.stages[i]).detach(), h, weight)
         return error
 
     def end(self, step: RKStep) -> RKState:
@@ -172,11 +175,26 @@ class RungeKutta:
         y: Tensor = step.start.y + scaled(step.h, increment)
         return y
 
+    def moments(self, field: Field, step: RKStep) -> Tensor:
+        """``h sum_i p_qi k_i`` (degree + 1, ...): the increments of the solution within the step.
+
+        With ``p_qi`` the weights in powers q of ``2 theta - 1``, as in ``interpolate``.
+        """
+        self._extend(field, step, len(self.rows))
+        k = [field.value(stage) for stage in step.stages]
+        columns = zip(*self.dense.centred, strict=True)
+        return scaled(step.h, torch.stack([_weighted(column, k) for column in columns]))
+
     @functools.cached_property
     def _polynomials(self) -> Tensor:
         """The weights in powers of ``2 theta - 1``: (degree + 1, stages)."""
         rows = [self.dense.centred[i] for i in self.dense_stages]
         return torch.tensor(rows, dtype=torch.float64).T
+
+    @property
+    def node_weights(self) -> Tensor:
+        """The weight of the node in powers of ``2 theta - 1`` (degree + 1,)."""
+        return torch.tensor(self.dense.centred[self.node], dtype=torch.float64)
 
     def _weights(self, theta: Tensor) -> Tensor:
         """``b_i(theta)`` of the stages that have any: (m,) -> (m, stages)."""
@@ -252,6 +270,39 @@ class RungeKutta:
         for i in range(self.node - 1, 0, -1):
             sweep.v[i] = sweep.pull(i, sweep.kappa(i))
 
+    def transpose_alone(
+        self,
+        reversal: Reversal,
+        n: int,
+        step: RKStep,
+        lam: Tensor,
+        dense: DenseMoments | None,
+        mu: Tensor | None,
+    ) -> Tensor:
+        """The transpose of a step as if the next one began anew; so does this one.
+
+        What the step itself puts on its node is left to the caller, as what the step before has put
+        on the node at which this one starts.
+
+        Args:
+            reversal: Shared by the transposes.
+            n: Number of the step.
+            step: The step.
+            lam: Cotangent of its end.
+            dense: Those of outputs inside.
+            mu: What the step before has put on the node.
+
+        Returns:
+            The cotangent of ``y`` at its start.
+        """
+        sweep = _Transpose(self, reversal, n, step, dense)
+        sweep.v[self.node] = lam
+        self._transpose_inner(sweep)
+        start = sweep.start()
+        if mu is not None:
+            start.k = mu if start.k is None else start.k + mu
+        return self.transpose_begin(reversal, step.start, start, n)
+
     def transpose_begin(
         self, reversal: Reversal, state: RKState, cotangent: Cotangent, n: int = 0
     ) -> Tensor:
@@ -294,14 +345,14 @@ class _Transpose:
         reversal: Reversal,
         n: int,
         step: RKStep,
-        dense: DenseCotangent | None,
+        dense: DenseCotangent | DenseMoments | None,
     ) -> None:
         self.method = method
         self.field = reversal.field
         self.times = reversal.times if reversal.wants_time(n) else None
         self.n = n
         self.step = step
-        self.h = as_float(step.h)
+        self.h: Any = step.h
         self.reversal = reversal
         self.v: list[Tensor | None] = [None] * len(step.stages)
         self.dense = dense
@@ -310,16 +361,16 @@ class _Transpose:
     def kappa(self, i: int) -> Tensor | None:
         """The cotangent that this step puts on ``k_i``."""
         share = self.shares.get(i)
-        kappa = None if share is None else share * self.h
+        kappa = None if share is None else scaled(self.h, share)
         for weight, row in self.method.columns[i]:
             v = self.v[row] if row < len(self.v) else None
             if v is None:
                 continue
             if kappa is None:
                 # On small states quicker than a product, for which the factor becomes a tensor.
-                kappa = torch.add(self.reversal.zero(v), v, alpha=self.h * weight)
+                kappa = add_scaled(self.reversal.zero(v), v, self.h, weight)
             else:
-                kappa.add_(v, alpha=self.h * weight)
+                add_scaled_(kappa, v, self.h, weight)
         return kappa
 
     def pull(self, i: int, kappa: Tensor | None) -> Tensor | None:
@@ -357,11 +408,11 @@ class _Transpose:
         for v in rest:
             lam += v
         if self.dense is not None:
-            lam += self.dense.g.sum(0)
+            lam += self.dense.total
         mu = self.kappa(0)
         reports: list[Callable[[Tensor], None]] = []
         if mu is not None and (
-            self.times is not None or (self.dense is not None and self.dense.slopes is not None)
+            self.times is not None or getattr(self.dense, "slopes", None) is not None
         ):
             reports.append(functools.partial(self._report_value, 0, mu))
         return Cotangent(lam, mu, reports)
@@ -371,7 +422,11 @@ class _Transpose:
         if self.times is not None:
             self.times.add_size(self.n, dot(k, kappa) / self.h)
         dense = self.dense
-        if dense is not None and dense.slopes is not None and i in self.method.dense_stages:
+        if (
+            isinstance(dense, DenseCotangent)
+            and dense.slopes is not None
+            and i in self.method.dense_stages
+        ):
             column = self.method._polynomials[1:, self.method.dense_stages.index(i)]
             slopes = 2 * (power_slopes(2 * dense.theta - 1, len(column)) @ column).to(dense.slopes)
             along = dense.g.reshape(len(dense.g), k.numel()).conj() @ k.reshape(-1)
@@ -381,9 +436,19 @@ class _Transpose:
         """``sum b_i(theta) g`` for each stage that the outputs weigh."""
         if self.dense is None:
             return {}
-        method, g = self.method, self.dense.g
-        shares = torch.tensordot(method._weights(self.dense.theta).T.to(g), g, dims=1)
+        method, dense = self.method, self.dense
+        if isinstance(dense, DenseMoments):
+            moments, rows = dense.moments.unbind(), method.dense.centred
+            return {i: _weighted(rows[i], moments) for i in method.dense_stages}
+        shares = torch.tensordot(method._weights(dense.theta).T.to(dense.g), dense.g, dims=1)
         return dict(zip(method.dense_stages, shares, strict=True))
+
+
+def _weighted(weights: Sequence[float], xs: Sequence[Tensor]) -> Tensor:
+    """``sum w x`` over the weights that are not zero."""
+    (w, x), *rest = [(w, x) for w, x in zip(weights, xs, strict=True) if w != 0]
+    total: Tensor = sum((w * x for w, x in rest), start=w * x)
+    return total
 
 
 def _terms(row: Sequence[float]) -> Terms:

@@ -1,0 +1,1 @@
+"""How steps and their transposes are run: by Python, or compiled."""

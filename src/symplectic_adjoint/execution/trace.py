@@ -1,0 +1,316 @@
+"""From Python to machine code: operations are recorded on shapes alone, then compiled."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext, tracing
+from torch._higher_order_ops.while_loop import while_loop_op
+from torch._inductor import config as inductor
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from symplectic_adjoint._errors import CompilationError
+from symplectic_adjoint._tree import real_dtype
+from symplectic_adjoint.execution.lift import Graph
+from symplectic_adjoint.field import Field, Pullback, Stage
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Input:
+    """An example of an input.
+
+    Attributes:
+        example: A tensor of its dtype, shape and device.
+        dynamic: The dimensions whose size may change from call to call, each with a name: where
+            names are equal sizes are.
+    """
+
+    example: Tensor
+    dynamic: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass
+class Compiled:
+    """A compiled function of tensors.
+
+    Attributes:
+        call: The function.
+        seconds: How long compiling it took.
+        evaluations: How often a round of its loop evaluates ``func``.
+        products: How many products with transposed Jacobians a round takes.
+    """
+
+    call: Callable[..., Sequence[Tensor]]
+    seconds: float
+    evaluations: int = 0
+    products: int = 0
+
+
+def compiled(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Input]) -> Compiled:
+    """Compile a function of tensors.
+
+    Args:
+        function: Tensor operations on its arguments alone; may write into them.
+        inputs: One for each argument.
+
+    Raises:
+        CompilationError: The compiler failed.
+    """
+    start = time.perf_counter()
+    try:
+        call = _compiled(function, inputs)
+    except CompilationError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise CompilationError(f"{type(error).__name__}: {lines[0]}") from error
+    return Compiled(call, time.perf_counter() - start)
+
+
+def _compiled(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Input]) -> Any:
+    mode, fakes = _fakes(inputs)
+    with torch.no_grad():
+        with mode:
+            module = make_fx(function, tracing_mode="symbolic")(*fakes)
+        settings: dict[str, Any] = {"cpp_wrapper": True, "post_grad_custom_post_pass": _SplitBias()}
+        with inductor.patch(settings), tracing(TracingContext(mode)):
+            return compile_fx(module, fakes)
+
+
+def _fakes(inputs: Sequence[Input]) -> tuple[FakeTensorMode, list[Tensor]]:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    sizes: dict[str, int] = {}
+    return mode, [_fake(mode, i, x, sizes) for i, x in enumerate(inputs)]
+
+
+def _fake(mode: FakeTensorMode, i: int, x: Input, sizes: dict[str, int]) -> Tensor:
+    """A tensor without memory; sizes are one symbol where their names agree, and only there."""
+    shape = list(x.example.shape)
+    for dim, name in x.dynamic.items():
+        if name not in sizes:
+            # Equal sizes become one symbol, so that others have to differ; 0 and 1 are constants.
+            sizes[name] = next(
+                n for n in itertools.count(max(shape[dim], 2)) if n not in sizes.values()
+            )
+        shape[dim] = sizes[name]
+    kinds = [DimDynamic.DUCK if d in x.dynamic else DimDynamic.STATIC for d in range(len(shape))]
+    like = x.example
+    if not shape:
+        with mode:  # from_tensor would make a symbol of its value
+            return torch.empty((), dtype=like.dtype, device=like.device)
+    # A tensor of its own, since inputs that share memory are compiled as views of one.
+    if shape == list(like.shape):
+        fresh = torch.empty_strided(shape, like.stride(), dtype=like.dtype, device=like.device)
+    else:
+        fresh = torch.empty(shape, dtype=like.dtype, device=like.device)
+    return mode.from_tensor(
+        fresh,
+        source=ConstantSource(f"input{i}"),
+        symbolic_context=StatelessSymbolicContext(kinds),
+    )
+
+
+def _refuse_random(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise CompilationError(f"func draws random numbers ({node.target})")
+
+
+class _SplitBias(CustomGraphPass):
+    """Adds a bias after a product: for small matrices that is quicker than a product into it."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
+            bias, a, b = node.args
+            if node.kwargs or bias.meta["val"].ndim != 1:
+                continue
+            with graph.inserting_before(node):
+                product = graph.call_function(aten.mm.default, (a, b))
+                product.meta = dict(node.meta)
+                total = graph.call_function(aten.add.Tensor, (product, bias))
+                total.meta = dict(node.meta)
+            node.replace_all_uses_with(total)
+            graph.erase_node(node)
+
+    def uuid(self) -> str:
+        return "symplectic_adjoint.split_bias"
+
+
+@dataclass
+class Traced:
+    """``func`` and its products with transposed Jacobians, as graphs of elementary operations.
+
+    Attributes:
+        graph: ``func`` as it was read.
+        value: ``(t, y, *tensors) -> k``.
+        pull: ``(t, y, cotangent, *tensors) -> (k, v, time, *parts)``: the parts are those of the
+            tensors that may need a gradient; None where the value does not depend on an input.
+        wanted: Which tensors have a gradient.
+    """
+
+    graph: Graph
+    value: Callable[..., Tensor]
+    pull: Callable[..., Sequence[Tensor | None]]
+    wanted: Sequence[bool]
+
+    @staticmethod
+    def of(graph: Graph, y0: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Traced:
+        """Trace ``func`` on a state and tensors like these.
+
+        Raises:
+            CompilationError: ``func`` draws random numbers, writes into what it reads, or returns
+                no derivative of the state.
+        """
+        like = Input(y0, graph.state_dims)
+        time = Input(y0.new_zeros((), dtype=real_dtype(y0)))
+        others = [Input(x, dims) for x, dims in zip(tensors, graph.dims, strict=True)]
+        value = _traced(functools.partial(_value, graph), [time, like, *others])
+        _refuse_random(value)
+        pull = _traced(functools.partial(_pull, graph, wanted), [time, like, like, *others])
+        (output,) = pull.graph.find_nodes(op="output")
+        parts = iter(output.args[0][3:])
+        used = [want and next(parts) is not None for want in wanted]
+        return Traced(graph, value, pull, used)
+
+    def inputs(self, tensors: Sequence[Tensor]) -> list[Input]:
+        """What ``func`` depends on as inputs of a graph."""
+        return [Input(x, dims) for x, dims in zip(tensors, self.graph.dims, strict=True)]
+
+
+def _traced(function: Callable[..., Any], inputs: Sequence[Input]) -> fx.GraphModule:
+    mode, fakes = _fakes(inputs)
+    with torch.enable_grad(), mode:
+        return make_fx(function, tracing_mode="symbolic")(*fakes)
+
+
+def _value(graph: Graph, t: Tensor, y: Tensor, *tensors: Tensor) -> Tensor:
+    versions = [x._version for x in tensors]
+    # func may differentiate with respect to its argument.
+    k = graph(t, y.detach().requires_grad_(), tensors)
+    if k.shape != y.shape or k.dtype != y.dtype:
+        raise CompilationError("func returns no derivative of the state")
+    if versions != [x._version for x in tensors]:
+        raise CompilationError("func changes a tensor that it reads, such as a buffer, in place")
+    return k.detach()
+
+
+def _pull(
+    graph: Graph, wanted: Sequence[bool], t: Tensor, y: Tensor, cotangent: Tensor, *given: Tensor
+) -> Sequence[Tensor | None]:
+    t, y = t.detach().requires_grad_(), y.detach().requires_grad_()
+    pairs = zip(given, wanted, strict=True)
+    tensors = [x.detach().requires_grad_() if want else x for x, want in pairs]
+    k = graph(t, y, tensors)
+    leaves = [y, t, *(x for x, want in zip(tensors, wanted, strict=True) if want)]
+    if not k.requires_grad:
+        return [k.detach(), *(None for _ in leaves)]
+    return [k.detach(), *torch.autograd.grad(k, leaves, cotangent, allow_unused=True)]
+
+
+class TracedField(Field):
+    """The field while operations are recorded.
+
+    Attributes:
+        parts: The sums of the products' parts that belong to the tensors that need a gradient.
+    """
+
+    def __init__(self, traced: Traced, like: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Wrap a traced function.
+
+        Args:
+            traced: ``func``.
+            like: A tensor of the state's shape, dtype and device.
+            tensors: What ``func`` depends on.
+        """
+        super().__init__(lambda t, y: traced.value(t, y, *tensors), like)
+        self.traced = traced
+        self.tensors = tensors
+        self.parts: list[Tensor | None] = [None] * sum(traced.wanted)
+
+    def _evaluate(self, stage: Stage) -> Tensor:
+        self.evaluations += 1
+        return self.traced.value(self.time(stage.t), stage.x, *self.tensors)
+
+    def pull(self, stage: Stage, cotangent: Tensor, wants_time: bool = False) -> Pullback:
+        """The vector-Jacobian product at a stage; see ``DetachedField.pull``."""
+        self.evaluations += 1
+        self.products += 1
+        k, v, time, *parts = self.traced.pull(self.time(stage.t), stage.x, cotangent, *self.tensors)
+        assert k is not None
+        for i, part in enumerate(x for x in parts if x is not None):
+            own = self.parts[i]
+            self.parts[i] = part if own is None else own + part
+        return Pullback(torch.zeros_like(cotangent) if v is None else v, time, k)
+
+
+def compiled_loop(
+    goes_on: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor],
+    body: Callable[
+        [Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Field]
+    ],
+    carried: Sequence[Input],
+    constants: Sequence[Input],
+    written: Sequence[Input],
+) -> Compiled:
+    """Compile ``while goes_on(carried, constants): carried = body(carried, constants, written)``.
+
+    Args:
+        goes_on: The condition, a 0-dim bool tensor.
+        body: May write into ``written``. Returns what is carried to the next round, which must
+            share no memory with its arguments, and the field, which has counted.
+        carried: What the first round gets.
+        constants: What every round gets.
+        written: What every round may write into.
+
+    Returns:
+        A function of all of these that returns what is carried after the last round.
+    """
+    first, last = len(carried), len(carried) + len(constants)
+    counts: list[Field] = []
+    mutated = ",".join(str(last + i) for i in range(len(written)))
+
+    def split(xs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        return xs[:first], xs[first:last], xs[last:]
+
+    def condition(*xs: Tensor) -> Tensor:
+        return goes_on(*split(xs)[:2])
+
+    def round_(*xs: Tensor) -> tuple[Tensor, ...]:
+        out, field = body(*split(xs))
+        counts.append(field)
+        return tuple(out)
+
+    def run(*xs: Tensor) -> Sequence[Tensor]:
+        start = tuple(x.clone() for x in xs[:first])  # outputs of a loop are no inputs
+        loop: Any = while_loop_op
+        out: Sequence[Tensor] = loop(
+            condition, round_, start, tuple(xs[first:]), mutated_arg_indices=mutated
+        )
+        return out
+
+    result = compiled(run, [*carried, *constants, *written])
+    return replace(result, evaluations=counts[0].evaluations, products=counts[0].products)
+
+
+def put(record: Tensor, n: Tensor, value: Tensor) -> None:
+    """``record[n] = value`` for a 0-dim ``n``."""
+    record.index_copy_(0, n.view(1), value.unsqueeze(0))
+
+
+def at(record: Tensor, n: Tensor) -> Tensor:
+    """``record[n]`` for a 0-dim ``n``."""
+    return record.index_select(0, n.view(1)).squeeze(0)

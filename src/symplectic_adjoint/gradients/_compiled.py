@@ -1,0 +1,276 @@
+"""A solve in the compiled loop tier: what of a job it takes, and the tape it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from symplectic_adjoint._errors import (
+    CompilationError,
+    SolveError,
+    Stuck,
+)
+from symplectic_adjoint.capture import detached, transformed
+from symplectic_adjoint.controllers import Adaptive
+from symplectic_adjoint.execution.forward import Records
+from symplectic_adjoint.execution.lift import Lifted, lift
+from symplectic_adjoint.execution.loop import (
+    Chunk,
+    Program,
+    Recording,
+    adaptive,
+    on_grid,
+    record,
+    reverse,
+)
+from symplectic_adjoint.field import DetachedField
+from symplectic_adjoint.gradients._base import Record
+from symplectic_adjoint.gradients._function import Tape
+from symplectic_adjoint.gradients._job import Job, Recorded, finished, tape_of
+from symplectic_adjoint.loop import OutputTimes, Stats
+from symplectic_adjoint.solution import Solution
+from symplectic_adjoint.steppers import ExplicitRK
+from symplectic_adjoint.steppers._base import Saved
+
+
+class Bound:
+    """A lifted function as the rest of the library knows functions and what they depend on.
+
+    Attributes:
+        tensors: What it depends on and a derivative may be wanted of.
+        names: For messages.
+    """
+
+    restricted = False
+
+    def __init__(self, lifted: Lifted, listed: Callable[[Tensor], bool]) -> None:
+        """Bind a graph to tensors.
+
+        Args:
+            lifted: The function.
+            listed: Whether a tensor is not to be a constant.
+        """
+        self.graph = lifted.graph
+        self.all = [x if listed(x) else x.detach() for x in lifted.tensors]
+        self._places = [i for i, x in enumerate(self.all) if x.requires_grad]
+        self.tensors = [self.all[i] for i in self._places]
+        self.names = [""] * len(self.tensors)
+        self._now: Sequence[Tensor] = self.tensors
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """Evaluate the function, differentiably."""
+        return self.graph(t, y, self.holding(self._now))
+
+    def holding(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """All tensors of the graph, with these in their places."""
+        held = list(self.all)
+        for i, x in zip(self._places, tensors, strict=True):
+            held[i] = x
+        return held
+
+    def among(self, values: Sequence[Any]) -> list[Any]:
+        """Of values for all tensors of the graph those for ``tensors``."""
+        return [values[i] for i in self._places]
+
+    @property
+    def constants(self) -> list[Tensor]:
+        """Those of which no derivative is wanted."""
+        return [x for i, x in enumerate(self.all) if i not in self._places]
+
+    @contextlib.contextmanager
+    def substituted(self, aliases: Sequence[Tensor]) -> Generator[None]:
+        """Evaluate with others in the place of ``tensors``."""
+        before, self._now = self._now, aliases
+        try:
+            yield
+        finally:
+            self._now = before
+
+    resumed = substituted
+
+    def freeze(self) -> None:
+        """A graph means the same ever after."""
+
+
+@dataclass
+class LoopTape(Tape):
+    """The tape of a solve that the compiled loop has run.
+
+    Attributes:
+        recording: What the loop has written.
+        bound: The function it has solved.
+    """
+
+    recording: Recording = dataclasses.field(kw_only=True)
+    bound: Bound = dataclasses.field(kw_only=True)
+
+    def release(self) -> list[Tensor]:
+        """Hand over all kept tensors, so that autograd owns them."""
+        kept = [records.tensors for records in self.recording.records]
+        self._counts = [len(tensors) for tensors in kept]
+        self.recording = replace(self.recording, records=[])
+        # The constants so that a change in place is noticed.
+        return [*(x for tensors in kept for x in tensors), *self.bound.constants]
+
+    def reversed(
+        self,
+        inputs: Sequence[Tensor],
+        needs: Sequence[bool],
+        y: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        g: Tensor,
+    ) -> list[Tensor | None]:
+        """First derivatives, by the compiled reverse sweep."""
+        y0, _, times, *captured = (x.detach() for x in inputs)
+        tensors = [x.detach() for x in self.bound.holding(captured)]
+        records, position = [], 0
+        for count in self._counts:
+            records.append(Records.of(kept[position : position + count]))
+            position += count
+        recording, evaluations = replace(self.recording, records=records), 0
+        if not records:
+            recording = self._again(y0, tensors, times)
+            evaluations = recording.evaluations
+        wanted = recording.program.method.traced.wanted
+        sums = [
+            self.strategy.zeros(x) if want else None
+            for x, want in zip(tensors, wanted, strict=True)
+        ]
+        with torch.no_grad():
+            result = reverse(
+                recording, tensors, [x for x in sums if x is not None], g.contiguous(), times
+            )
+        self.stats.backward_evaluations = evaluations + result.evaluations
+        self.stats.products = result.products
+        pairs = zip(sums, tensors, strict=True)
+        grads = [None if total is None else total.to(x.dtype) for total, x in pairs]
+        return [result.lam, None, None, *self.bound.among(grads)]
+
+    def _again(self, y0: Tensor, tensors: Sequence[Tensor], times: Tensor) -> Recording:
+        """The same steps once more, where nothing was kept of them."""
+        program = self.recording.program
+        chunks = on_grid(program, self.nodes, y0, tensors)
+        again = OutputTimes(times.tolist(), self.setting.direction, times, lambda t1: True)
+        return record(program, chunks, y0, again, keep=True)
+
+
+def looped(job: Job, func: Any) -> tuple[Solution, SolveError | None]:
+    """Solve in one compiled loop.
+
+    Args:
+        job: The solve.
+        func: The user's function.
+
+    Raises:
+        CompilationError: The loop cannot run this solve.
+        Stuck: It cannot reach its end.
+    """
+    _check(job)
+    bound = Bound(lift(job.func, func, job.problem.y0), job.capture.lists)
+    as_capture: Any = bound
+    return finished(_record(replace(job, func=bound, capture=as_capture)))
+
+
+def _check(job: Job) -> None:
+    """Refuse what the loop cannot do.
+
+    Raises:
+        CompilationError: Says what that is.
+    """
+    y0, controller = job.problem.y0, job.controller
+    refusals = {
+        f"method {job.stepper.name!r} is no explicit Runge-Kutta method": not isinstance(
+            job.stepper, ExplicitRK
+        ),
+        f"gradient {job.strategy.name!r} is not among what it runs": job.strategy.keeps is None,
+        "the state is complex": y0.is_complex(),
+        "the state is empty": y0.numel() == 0,
+        "there are events": bool(job.events),
+        "steps are kept for dense=True": job.keep_dense,
+        "func jumps (jump_t or perturb)": len(job.jumps) > 0,
+        "a gradient of t is wanted": job.wants_time,
+        "derivatives in forward mode are wanted": job.wants_tangent,
+        "func wants to be told of steps": job.callbacks.wanted or job.adjoint_callbacks.wanted,
+        "progress is reported": job.report is not None,
+        "the controller is not Adaptive or FixedGrid": job.grid is None
+        and type(controller) is not Adaptive,
+        "the controller has a norm of its own": getattr(controller, "norm", None) is not None,
+        "a transform of torch.func is at work": transformed(),
+    }
+    for reason, holds in refusals.items():
+        if holds:
+            raise CompilationError(reason)
+
+
+def _record(job: Job) -> Recorded:
+    """The forward pass; of the steps is kept what the strategy asks for."""
+    bound: Any = job.capture
+    problem, stepper = job.problem, cast("ExplicitRK", job.stepper)
+    y0 = problem.y0.detach().contiguous()
+    times = OutputTimes(problem.times, problem.direction, problem.t.detach(), job.hits)
+    keeps = job.strategy.keeps if job.wants_grad else "nothing"
+    aliases = detached(bound.tensors)
+    with torch.no_grad(), bound.substituted(aliases):
+        field = DetachedField(bound, y0, aliases, None)
+        program = Program.of(
+            bound.graph, bound.all, stepper, y0, keeps in ("points", "start"), _dense(job)
+        )
+        chunks = _chunks(job, program, field, y0)
+        recording = record(program, chunks, y0, times, keep=keeps in ("points", "states"))
+        _check_finite(recording)
+    steps = len(recording.run.outputs)
+    stats = Stats(
+        accepted=steps,
+        rejected=recording.attempts - steps,
+        evaluations=field.evaluations + recording.evaluations,
+    )
+    run = recording.run
+    run.end = stepper.resume(run.nodes[-1], (run.end.clone(),), None)
+    base = tape_of(job, field, run, stats, [Record(Saved(()))] * steps, ())
+    parts = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+    tape = LoopTape(**parts, recording=recording, bound=bound)
+    return Recorded(job, run, stats, field, tape, [])
+
+
+def _chunks(job: Job, program: Program, field: DetachedField, y0: Tensor) -> Iterator[Chunk]:
+    tensors = [x.detach() for x in field.func.all]  # type: ignore[attr-defined]
+    setting, stepper, t0 = job.setting, job.stepper, job.problem.times[0]
+    if job.grid is not None:
+        return on_grid(program, setting.grid, y0, tensors)
+    state = stepper.begin(t0, y0)
+    pace: Any = job.controller.begin(field, stepper, state, setting)
+    slope = stepper.slope(field, state) if program.method.carries(True) else y0
+    return adaptive(program, pace, setting, (t0, y0, slope), tensors)
+
+
+def _dense(job: Job) -> bool:
+    """Whether outputs may lie within steps.
+
+    Raises:
+        CompilationError: They do, and take stages of their own.
+    """
+    grid = None if job.grid is None else set(job.grid.tolist())
+    inside = job.problem.times[1:-1]
+    dense = bool(inside) if grid is None else not grid.issuperset(inside)
+    stepper: Any = job.stepper
+    if dense and stepper.dense.extra_stages:
+        raise CompilationError(
+            f"outputs within the steps of {stepper.name!r} take stages of their own"
+        )
+    return dense
+
+
+def _check_finite(recording: Recording) -> None:
+    """A grid is checked once, at its end; the eager loop then finds where it went wrong.
+
+    Raises:
+        Stuck: The solution is not finite.
+    """
+    if not bool(torch.isfinite(recording.run.y).all()):
+        raise Stuck

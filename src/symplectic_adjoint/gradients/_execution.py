@@ -1,0 +1,92 @@
+"""How a solve is run: by Python, or compiled."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from symplectic_adjoint._errors import (
+    CompilationError,
+    ExecutionWarning,
+    SolveError,
+    Stuck,
+    UnknownNameError,
+)
+from symplectic_adjoint._types import code_of
+from symplectic_adjoint.gradients._job import Job
+from symplectic_adjoint.gradients._job import execute as eager
+from symplectic_adjoint.solution import Solution
+
+Tier: TypeAlias = Callable[[Job, Any], tuple[Solution, SolveError | None]]
+"""Runs a job of a user's function, or raises ``CompilationError``."""
+
+
+@functools.cache
+def _compiler() -> Any:
+    """The compiled tiers, loaded once they are asked for: that takes a second or two."""
+    with warnings.catch_warnings():
+        # The compiler uses parts of torch that torch deprecates.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from symplectic_adjoint.gradients import _compiled
+    return _compiled
+
+
+def _loop(job: Job, func: Any) -> tuple[Solution, SolveError | None]:
+    result: tuple[Solution, SolveError | None] = _compiler().looped(job, func)
+    return result
+
+
+TIERS: dict[str, tuple[Tier, ...]] = {
+    "eager": (),
+    "loop": (_loop,),
+    "auto": (_loop,),
+}
+"""How a solve is run, by the value of ``execution``: what is tried, the fastest first."""
+
+_refused: dict[tuple[Any, Tier], str] = {}
+
+
+def check_execution(execution: str) -> None:
+    """Refuse an unknown value.
+
+    Raises:
+        UnknownNameError: ``execution`` is none of those that there are.
+    """
+    if execution not in TIERS:
+        raise UnknownNameError("execution", execution, TIERS)
+
+
+def execute(job: Job, func: Any, execution: str) -> tuple[Solution, SolveError | None]:
+    """Solve, compiled as far as asked for and possible.
+
+    Args:
+        job: The solve.
+        func: The user's function.
+        execution: One of ``TIERS``.
+
+    Raises:
+        CompilationError: The solve cannot be compiled as asked.
+    """
+    for tier in TIERS[execution]:
+        key = (code_of(func), tier)
+        if execution == "auto" and key in _refused:
+            continue
+        try:
+            return tier(job, func)
+        except Stuck:
+            break
+        except CompilationError as error:
+            if execution != "auto":
+                raise CompilationError(
+                    f"execution={execution!r} cannot run this solve: {error}. Use 'auto', which "
+                    "takes what can be compiled, or 'eager'"
+                ) from error
+            _refused[key] = str(error)
+            warnings.warn(
+                f"execution='auto' does not compile this solve: {error}",
+                ExecutionWarning,
+                stacklevel=4,
+            )
+    return eager(job)
