@@ -17,7 +17,7 @@ from symplectic_adjoint._errors import ArgumentError, EventNotFoundError, SolveE
 from symplectic_adjoint._tree import StateSpec
 from symplectic_adjoint._types import Func
 from symplectic_adjoint.callbacks import Callbacks
-from symplectic_adjoint.capture import Capture, transformed, varies
+from symplectic_adjoint.capture import Capture, Listed, transformed, varies
 from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid, no_times, number
 from symplectic_adjoint.events import Event, FlatEvent, listed
 from symplectic_adjoint.gradients import Strategy
@@ -117,10 +117,10 @@ def solve(
         controller = _scipy_controller(controller, events, dense)
     elif controller is None:
         controller = default_controller(stepper)
-    arguments = list(args)
+    arguments, wanted = list(args), Listed(params)
     spec, flat = StateSpec.of(y0)
 
-    def job(y0: Tensor, t: Any, capture: Capture) -> Job:
+    def job(y0: Tensor, t: Any, capture: Listed) -> Job:
         problem, own = Problem.flat(spec, y0, t, endless=bool(events)), controller
         if math.isinf(problem.times[-1]):
             problem, own = _limited(problem, own)
@@ -143,18 +143,18 @@ def solve(
             callbacks=Callbacks(func),
             adjoint_callbacks=Callbacks(func, "_adjoint"),
             events=[
-                FlatEvent(each, i, spec, arguments, Capture(each.func, arguments, params))
+                FlatEvent(each, i, spec, arguments, Capture(each.func, arguments, wanted.only))
                 for i, each in enumerate(events)
             ],
         )
 
-    capture = Capture(func, arguments, params)
+    capture = functools.partial(Capture, func, arguments, wanted.only)
     if transformed():
         _check_lifted(dense, events, controller)
-        return solve_lifted(job, spec, flat, as_times(t), capture)
-    task = job(flat, t, capture)
+        return solve_lifted(job, spec, flat, as_times(t), capture())
+    task = job(flat, t, wanted)
     error: SolveError | None
-    solution, error = execute(task, func, execution)
+    solution, error = execute(task, func, execution, capture)
     endless = bool(events) and math.isinf(float(as_times(t).detach()[-1]))
     if endless and solution.event is None and isinstance(error, StepLimitError | None):
         error = _not_found(solution)

@@ -117,7 +117,38 @@ class _Fixed(nn.Module):
         return value
 
 
-class Capture:
+class Listed:
+    """Which tensors are not to be constants; what a function depends on is not known yet.
+
+    Attributes:
+        only: When given, all other tensors are constants.
+    """
+
+    tensors: Sequence[Tensor] = ()
+
+    def __init__(self, only: Sequence[Tensor] | None = None) -> None:
+        """Keep a list.
+
+        Args:
+            only: When given, all other tensors are constants.
+
+        Raises:
+            ArgumentError: ``only`` is no sequence of tensors.
+        """
+        self.only = None if only is None else _listed(only)
+        self._only = None if self.only is None else {id(x) for x in self.only}
+
+    @property
+    def restricted(self) -> bool:
+        """Whether all but some listed tensors are constants."""
+        return self._only is not None
+
+    def lists(self, tensor: Tensor) -> bool:
+        """Whether a tensor is not to be a constant."""
+        return self._only is None or id(tensor) in self._only
+
+
+class Capture(Listed):
     """The tensors that vary (``varies``) and that a function depends on.
 
     Attributes:
@@ -136,8 +167,7 @@ class Capture:
         Raises:
             ArgumentError: ``only`` is no sequence of tensors.
         """
-        if only is not None:
-            only = _listed(only)
+        super().__init__(only)
         self.tensors: list[Tensor] = []
         self.names: list[str] = []
         self._originals: list[Tensor] = []  # what func holds, and the tensors stand for
@@ -153,24 +183,14 @@ class Capture:
         self._private = _in_worker()
         self._buffers: list[dict[str, Tensor | None]] = []
         self._versions: list[tuple[Tensor, int]] = []
-        self._only = None if only is None else {id(p) for p in only}
         walk = _Walk(self)
         walk.visit(func, "func")
         walk.visit(args, "args")
         with _SUBSTITUTION:
             walk.run()
-        for tensor in only or ():
+        for tensor in self.only or ():
             if id(tensor) not in self._index:
                 self._add(tensor, "params", None)
-
-    @property
-    def restricted(self) -> bool:
-        """Whether all but some listed tensors are constants."""
-        return self._only is not None
-
-    def lists(self, tensor: Tensor) -> bool:
-        """Whether a tensor is not to be a constant."""
-        return self._only is None or id(tensor) in self._only
 
     def _add(self, tensor: Tensor, name: str, slot: _Slot | None) -> None:
         value = tensor

@@ -76,6 +76,7 @@ class Graph:
         """Evaluate ``f``, differentiably."""
         args: dict[int | None, Any] = dict(zip(self._others, tensors, strict=True))
         args |= dict(zip(self._places, (t, y), strict=True))
+        args.pop(None, None)  # func may not depend on t, or not on y
         for i, (source, dim) in self.sizes.items():
             args[i] = args[source].shape[dim]
         (k,) = self.module(*(args[i] for i in range(len(args))))

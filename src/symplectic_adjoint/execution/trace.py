@@ -16,7 +16,6 @@ from torch._guards import TracingContext, tracing
 from torch._higher_order_ops.while_loop import while_loop_op
 from torch._inductor import config as inductor
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -24,9 +23,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from symplectic_adjoint._errors import CompilationError
 from symplectic_adjoint._tree import real_dtype
 from symplectic_adjoint.execution.lift import Graph
+from symplectic_adjoint.execution.passes import SmallProducts
 from symplectic_adjoint.field import Field, Pullback, Stage
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,10 @@ def _compiled(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Input]
     with torch.no_grad():
         with mode:
             module = make_fx(function, tracing_mode="symbolic")(*fakes)
-        settings: dict[str, Any] = {"cpp_wrapper": True, "post_grad_custom_post_pass": _SplitBias()}
+        settings: dict[str, Any] = {
+            "cpp_wrapper": True,
+            "post_grad_custom_post_pass": SmallProducts(),
+        }
         with inductor.patch(settings), tracing(TracingContext(mode)):
             return compile_fx(module, fakes)
 
@@ -128,26 +129,6 @@ def _refuse_random(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise CompilationError(f"func draws random numbers ({node.target})")
-
-
-class _SplitBias(CustomGraphPass):
-    """Adds a bias after a product: for small matrices that is quicker than a product into it."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
-            bias, a, b = node.args
-            if node.kwargs or bias.meta["val"].ndim != 1:
-                continue
-            with graph.inserting_before(node):
-                product = graph.call_function(aten.mm.default, (a, b))
-                product.meta = dict(node.meta)
-                total = graph.call_function(aten.add.Tensor, (product, bias))
-                total.meta = dict(node.meta)
-            node.replace_all_uses_with(total)
-            graph.erase_node(node)
-
-    def uuid(self) -> str:
-        return "symplectic_adjoint.split_bias"
 
 
 @dataclass

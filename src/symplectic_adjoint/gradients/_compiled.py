@@ -173,8 +173,7 @@ def looped(job: Job, func: Any) -> tuple[Solution, SolveError | None]:
     """
     _check(job)
     bound = Bound(lift(job.func, func, job.problem.y0), job.capture.lists)
-    as_capture: Any = bound
-    return finished(_record(replace(job, func=bound, capture=as_capture)))
+    return finished(_record(replace(job, func=bound, capture=bound)))
 
 
 def _check(job: Job) -> None:

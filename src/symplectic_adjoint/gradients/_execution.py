@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from symplectic_adjoint._errors import (
@@ -15,6 +16,7 @@ from symplectic_adjoint._errors import (
     UnknownNameError,
 )
 from symplectic_adjoint._types import code_of
+from symplectic_adjoint.capture import Capture
 from symplectic_adjoint.gradients._job import Job
 from symplectic_adjoint.gradients._job import execute as eager
 from symplectic_adjoint.solution import Solution
@@ -58,13 +60,16 @@ def check_execution(execution: str) -> None:
         raise UnknownNameError("execution", execution, TIERS)
 
 
-def execute(job: Job, func: Any, execution: str) -> tuple[Solution, SolveError | None]:
+def execute(
+    job: Job, func: Any, execution: str, capture: Callable[[], Capture]
+) -> tuple[Solution, SolveError | None]:
     """Solve, compiled as far as asked for and possible.
 
     Args:
-        job: The solve.
+        job: The solve, with a capture that is not known yet.
         func: The user's function.
         execution: One of ``TIERS``.
+        capture: Finds what ``func`` depends on, where it is not compiled.
 
     Raises:
         CompilationError: The solve cannot be compiled as asked.
@@ -89,4 +94,4 @@ def execute(job: Job, func: Any, execution: str) -> tuple[Solution, SolveError |
                 ExecutionWarning,
                 stacklevel=4,
             )
-    return eager(job)
+    return eager(replace(job, capture=capture()))

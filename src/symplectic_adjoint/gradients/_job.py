@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from symplectic_adjoint._errors import SolveError, Status
 from symplectic_adjoint._types import FlatFunc, as_float
 from symplectic_adjoint.callbacks import Callbacks
-from symplectic_adjoint.capture import Capture, detached, has_tangent, varies
+from symplectic_adjoint.capture import detached, has_tangent, varies
 from symplectic_adjoint.controllers import Controller, FixedGrid, GridPace, Setting
 from symplectic_adjoint.events import Crossing, FlatEvent, Watch
 from symplectic_adjoint.field import (
@@ -49,7 +49,7 @@ class Job:
     """
 
     func: FlatFunc
-    capture: Capture
+    capture: Any  # Capture, or what else knows what func depends on
     problem: Problem
     grid: Tensor | None
     regrid: Callable[[Tensor], Tensor | None]
