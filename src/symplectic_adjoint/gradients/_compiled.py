@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from symplectic_adjoint._errors import (
     SolveError,
     Stuck,
 )
-from symplectic_adjoint.capture import detached, transformed
+from symplectic_adjoint.capture import detached
 from symplectic_adjoint.controllers import Adaptive
 from symplectic_adjoint.execution.forward import Records
 from symplectic_adjoint.execution.lift import Lifted, lift
@@ -29,10 +29,11 @@ from symplectic_adjoint.execution.loop import (
     record,
     reverse,
 )
+from symplectic_adjoint.execution.step import CompiledRK
 from symplectic_adjoint.field import DetachedField
 from symplectic_adjoint.gradients._base import Record
 from symplectic_adjoint.gradients._function import Tape
-from symplectic_adjoint.gradients._job import Job, Recorded, finished, tape_of
+from symplectic_adjoint.gradients._job import Job, Recorded, execute, finished, tape_of
 from symplectic_adjoint.loop import OutputTimes, Stats
 from symplectic_adjoint.solution import Solution
 from symplectic_adjoint.steppers import ExplicitRK
@@ -171,40 +172,72 @@ def looped(job: Job, func: Any) -> tuple[Solution, SolveError | None]:
         CompilationError: The loop cannot run this solve.
         Stuck: It cannot reach its end.
     """
-    _check(job)
-    bound = Bound(lift(job.func, func, job.problem.y0), job.capture.lists)
+    _refuse(_common(job) | _alone(job))
+    bound = _bound(job, func)
     return finished(_record(replace(job, func=bound, capture=bound)))
 
 
-def _check(job: Job) -> None:
-    """Refuse what the loop cannot do.
+def stepped(job: Job, func: Any) -> tuple[Solution, SolveError | None]:
+    """Solve in the eager loop, by compiled steps.
+
+    Args:
+        job: The solve.
+        func: The user's function.
+
+    Raises:
+        CompilationError: The steps of this solve cannot be compiled.
+    """
+    _refuse(_common(job))
+    bound = _bound(job, func)
+    stepper = CompiledRK(cast("ExplicitRK", job.stepper), bound)
+    return execute(replace(job, func=bound, capture=bound, stepper=stepper))
+
+
+def _bound(job: Job, func: Any) -> Bound:
+    return Bound(lift(job.func, func, job.problem.y0), job.capture.lists)
+
+
+def _refuse(refusals: Mapping[str, bool]) -> None:
+    """Refuse what a tier cannot do.
 
     Raises:
         CompilationError: Says what that is.
     """
-    y0, controller = job.problem.y0, job.controller
-    refusals = {
+    for reason, holds in refusals.items():
+        if holds:
+            raise CompilationError(reason)
+
+
+def _common(job: Job) -> dict[str, bool]:
+    """What no compiled tier can do."""
+    y0 = job.problem.y0
+    return {
         f"method {job.stepper.name!r} is no explicit Runge-Kutta method": not isinstance(
             job.stepper, ExplicitRK
         ),
-        f"gradient {job.strategy.name!r} is not among what it runs": job.strategy.keeps is None,
+        f"gradient {job.strategy.name!r} is not exact, or keeps what compiled code cannot keep": (
+            job.strategy.keeps is None
+        ),
         "the state is complex": y0.is_complex(),
         "the state is empty": y0.numel() == 0,
+        "func jumps (jump_t or perturb)": len(job.jumps) > 0,
+        "derivatives in forward mode are wanted": job.wants_tangent,
+    }
+
+
+def _alone(job: Job) -> dict[str, bool]:
+    """What the loop cannot do, since nobody looks at its steps."""
+    controller = job.controller
+    return {
         "there are events": bool(job.events),
         "steps are kept for dense=True": job.keep_dense,
-        "func jumps (jump_t or perturb)": len(job.jumps) > 0,
         "a gradient of t is wanted": job.wants_time,
-        "derivatives in forward mode are wanted": job.wants_tangent,
         "func wants to be told of steps": job.callbacks.wanted or job.adjoint_callbacks.wanted,
         "progress is reported": job.report is not None,
         "the controller is not Adaptive or FixedGrid": job.grid is None
         and type(controller) is not Adaptive,
         "the controller has a norm of its own": getattr(controller, "norm", None) is not None,
-        "a transform of torch.func is at work": transformed(),
     }
-    for reason, holds in refusals.items():
-        if holds:
-            raise CompilationError(reason)
 
 
 def _record(job: Job) -> Recorded:

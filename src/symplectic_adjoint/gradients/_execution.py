@@ -40,10 +40,16 @@ def _loop(job: Job, func: Any) -> tuple[Solution, SolveError | None]:
     return result
 
 
+def _step(job: Job, func: Any) -> tuple[Solution, SolveError | None]:
+    result: tuple[Solution, SolveError | None] = _compiler().stepped(job, func)
+    return result
+
+
 TIERS: dict[str, tuple[Tier, ...]] = {
     "eager": (),
+    "step": (_step,),
     "loop": (_loop,),
-    "auto": (_loop,),
+    "auto": (_loop, _step),
 }
 """How a solve is run, by the value of ``execution``: what is tried, the fastest first."""
 

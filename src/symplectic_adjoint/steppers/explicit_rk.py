@@ -257,7 +257,7 @@ class RungeKutta:
         n: int,
         step: RKStep,
         cotangent: Cotangent,
-        dense: DenseCotangent | None,
+        dense: DenseCotangent | DenseMoments | None,
     ) -> Cotangent:
         sweep = _Transpose(self, reversal, n, step, dense)
         for i in range(len(step.stages) - 1, self.node, -1):
