@@ -698,12 +698,17 @@ class _Changed(TorchFunctionMode):
             return result  # depends on its shape, dtype and device alone
         for x in _tensors((args, kwargs)):
             if x.untyped_storage().data_ptr() in self._storages:
-                raise ChangedTensorError(
-                    f"a tensor that func reads ({x.dtype} of shape {tuple(x.shape)}) was changed "
-                    "in place between the forward and the backward pass, which evaluates func "
-                    "again; change it after the backward pass, or change a copy of it"
-                )
+                raise changed(x)
         return result
+
+
+def changed(x: Tensor) -> ChangedTensorError:
+    """The error that says which tensor was changed in place."""
+    return ChangedTensorError(
+        f"a tensor that func reads ({x.dtype} of shape {tuple(x.shape)}) was changed in place "
+        "between the forward and the backward pass, which evaluates func again; change it after "
+        "the backward pass, or change a copy of it"
+    )
 
 
 class _Watch(TorchFunctionMode):
