@@ -192,6 +192,13 @@ class Capture(Listed):
             if id(tensor) not in self._index:
                 self._add(tensor, "params", None)
 
+    @property
+    def elements(self) -> int:
+        """How many elements the tensors have that were found, constants included."""
+        found = {id(x): x for x, _ in self._versions}
+        found |= {id(x): x for x in (*self.tensors, *self._scripted.values())}
+        return sum(x.numel() for x in found.values())
+
     def _add(self, tensor: Tensor, name: str, slot: _Slot | None) -> None:
         value = tensor
         if not wrapped(tensor) and not tensor.is_inference():
