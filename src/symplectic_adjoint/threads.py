@@ -38,8 +38,8 @@ def single_thread_below(work: float) -> contextlib.AbstractContextManager[object
         work: The bound; 0 leaves the number of threads alone.
 
     Returns:
-        A context manager that puts back the previous bound on leaving; without ``with``, the new one
-        holds from here on. A solve keeps the choice that was made when it began.
+        A context manager that puts back the previous bound on leaving; without ``with``, the new
+        one holds from here on. A solve keeps the choice that was made when it began.
 
     Raises:
         ArgumentError: ``work`` is no number, or negative.
@@ -49,7 +49,7 @@ def single_thread_below(work: float) -> contextlib.AbstractContextManager[object
         >>> with sa.single_thread_below(0):
         ...     y = sa.odeint(lambda t, y: -y, torch.ones(1), [0.0, 1.0])
     """
-    if not isinstance(work, int | float) or isinstance(work, bool) or not work >= 0:
+    if type(work) not in (int, float) or not work >= 0:
         raise ArgumentError(f"work = {work!r} must be a number that is not negative, e.g. 2**20")
     undo = contextlib.ExitStack()
     undo.callback(setattr, _Small, "below", _Small.below)
