@@ -65,6 +65,7 @@ from symplectic_adjoint.steppers import (
     ImplicitRK,
     ScipySolver,
 )
+from symplectic_adjoint.threads import single_thread_below
 
 __all__ = [
     "ACA",
@@ -120,5 +121,6 @@ __all__ = [
     "odeint_dense",
     "odeint_event",
     "peak_memory",
+    "single_thread_below",
     "solve",
 ]

@@ -39,6 +39,7 @@ from symplectic_adjoint.loop import OutputTimes, Stats
 from symplectic_adjoint.solution import Solution
 from symplectic_adjoint.steppers import ExplicitRK
 from symplectic_adjoint.steppers._base import Saved
+from symplectic_adjoint.threads import limited
 
 
 class Bound:
@@ -81,6 +82,11 @@ class Bound:
     def among(self, values: Sequence[Any]) -> list[Any]:
         """Of values for all tensors of the graph those for ``tensors``."""
         return [values[i] for i in self._places]
+
+    @property
+    def elements(self) -> int:
+        """How many elements all of them have."""
+        return sum(x.numel() for x in self.all)
 
     @contextlib.contextmanager
     def substituted(self, aliases: Sequence[Tensor]) -> Generator[None]:
@@ -152,7 +158,7 @@ class LoopTape(Tape):
             self.strategy.zeros(x) if want else None
             for x, want in zip(tensors, wanted, strict=True)
         ]
-        with torch.no_grad(), self.bound.resumed(captured):
+        with limited(self.threads), torch.no_grad(), self.bound.resumed(captured):
             result = reverse(
                 recording, tensors, [x for x in sums if x is not None], g.contiguous(), times
             )
@@ -168,7 +174,8 @@ class LoopTape(Tape):
         program = self.recording.program
         chunks = on_grid(program, self.nodes, y0, tensors)
         again = OutputTimes(times.tolist(), self.setting.direction, times, lambda t1: True)
-        return record(program, chunks, y0, again, keep=True)
+        with limited(self.threads):
+            return record(program, chunks, y0, again, keep=True)
 
 
 def looped(job: Job, func: Any) -> tuple[Solution, SolveError | None]:
@@ -262,7 +269,7 @@ def _record(job: Job) -> Recorded:
     times = OutputTimes(problem.times, problem.direction, problem.t.detach(), job.hits)
     keeps = job.strategy.keeps if job.wants_grad else "nothing"
     aliases = detached(bound.tensors)
-    with torch.no_grad(), bound.substituted(aliases):
+    with limited(job.threads), torch.no_grad(), bound.substituted(aliases):
         field = DetachedField(bound, y0, aliases, None)
         program = Program.of(
             bound.graph, bound.all, stepper, y0, keeps in ("points", "start"), _dense(job)
