@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Record, time_ratio
+from benchmarks.measure import Record, step_ratio, time_ratio
 from benchmarks.peers import BASELINE
-from benchmarks.targets import outcomes, ratio
+from benchmarks.targets import LOOP, Outcome, outcomes, ratio
+
+MISSED = Path(__file__).parent / "missed"
+"""Texts on missed targets, one a problem: ``NAME.md``."""
 
 _HEAD = (
     "peer",
     "time",
-    "time ratio",
-    "paired ratio",
+    "ratio",
+    "a step",
+    "ratio",
     "peak",
     "peak ratio",
     "resident",
@@ -23,6 +28,7 @@ _HEAD = (
     "error",
     "in float64",
     "to the ODE",
+    "compile",
 )
 _METHODS_HEAD = (
     "method",
@@ -43,7 +49,7 @@ _METHODS_HEAD = (
     "backprop's",
     "adjoint's",
 )
-_TARGET_HEAD = ("problem", "ratio of", "peer", "target", "figure", "verdict")
+_TARGET_HEAD = ("problem", "target", "of", "at most", "figure", "verdict", "ours", "theirs")
 
 
 def plain(results: dict[str, Any]) -> str:
@@ -63,6 +69,7 @@ def plain(results: dict[str, Any]) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """The page of the documentation."""
     parts = [_INTRODUCTION, "## Targets", _markdown_table(_TARGET_HEAD, _target_rows(results))]
+    parts += missed(results)
     for problem in results["problems"]:
         records = _records(problem)
         parts.append(f"## {problem['name']}")
@@ -110,8 +117,8 @@ def _method_row(name: str, found: list[dict[str, Any]]) -> tuple[str, ...]:
         name,
         *(_number(r.steps, "d") for r in (ours, backprop)),
         *(_number(_per_step(r, ours), ".3f") for r in records[:3]),
-        *(_number(_paired_per_step(ours, r), ".2f") for r in (backprop, adjoint)),
-        _number(_paired_per_step(plain, backprop), ".2f"),
+        *(_number(step_ratio(ours, r), ".2f") for r in (backprop, adjoint)),
+        _number(step_ratio(plain, backprop), ".2f"),
         *(f"{r.forward} + {r.backward}" for r in records[:3]),
         *solution,
         *(_number(r.error_ode, ".1e") for r in records[:3]),
@@ -122,13 +129,6 @@ def _per_step(record: Record, ours: Record) -> float | None:
     """Milliseconds a step; torchdiffeq's adjoint takes the forward steps of its backprop."""
     steps = record.steps or ours.steps
     return None if record.time is None or not steps else 1000 * record.time / steps
-
-
-def _paired_per_step(ours: Record, other: Record) -> float | None:
-    paired = time_ratio(ours, other) if other.seconds else None
-    if paired is None or not ours.steps or not other.steps:
-        return None
-    return paired * other.steps / ours.steps
 
 
 def _records(problem: dict[str, Any]) -> dict[str, Record]:
@@ -143,12 +143,12 @@ def _rows(records: dict[str, Record]) -> list[tuple[str, ...]]:
 
 
 def _row(record: Record, baseline: Record) -> tuple[str, ...]:
-    paired = time_ratio(record, baseline) if baseline.seconds else None
     return (
         record.peer,
         _seconds(record.time),
-        _number(ratio(record.time, baseline.time), ".2f"),
-        _number(paired, ".2f"),
+        _number(time_ratio(record, baseline), ".2f"),
+        _seconds(record.step),
+        _number(step_ratio(record, baseline), ".2f"),
         _bytes(record.peak),
         _number(ratio(record.peak, baseline.peak), ".3f"),
         _bytes(record.resident),
@@ -158,6 +158,7 @@ def _row(record: Record, baseline: Record) -> tuple[str, ...]:
         _number(record.error, ".1e"),
         _number(record.error_float64, ".1e"),
         _number(record.error_ode, ".1e"),
+        "-" if record.compile is None else f"{record.compile:.1f} s",
     )
 
 
@@ -167,18 +168,42 @@ def _notes(records: dict[str, Record]) -> list[str]:
 
 
 def _target_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [_target_row(outcome) for outcome in _outcomes(results)]
+
+
+def _outcomes(results: dict[str, Any]) -> list[Outcome]:
     return [
-        (
-            problem["name"],
-            outcome.target.quantity,
-            outcome.target.peer,
-            f"<= {outcome.target.bound:g}",
-            _number(outcome.figure, ".3f"),
-            outcome.verdict,
-        )
+        outcome
         for problem in results["problems"]
         for outcome in outcomes(problem["name"], _records(problem))
     ]
+
+
+def missed(results: dict[str, Any]) -> list[str]:
+    """What is written of the problems with a missed target: why, and what was tried."""
+    names = {o.target.problem for o in _outcomes(results) if o.verdict.startswith("missed")}
+    files = [MISSED / f"{problem['name']}.md" for problem in results["problems"]]
+    return [
+        file.read_text(encoding="utf-8").strip()
+        for file in files
+        if file.stem in names and file.exists()
+    ]
+
+
+def _target_row(outcome: Outcome) -> tuple[str, ...]:
+    target = outcome.target
+    loop = ", loop tier" * (target.ours == LOOP)
+    memory = "" if target.peak is None else f", at {target.peak:g} of backpropagation's peak"
+    return (
+        target.problem,
+        f"time a step{loop}{memory}" + ", stretch" * target.stretch,
+        target.rival,
+        f"{target.bound:g}",
+        _number(outcome.figure, ".2f"),
+        outcome.verdict,
+        outcome.ours or "-",
+        outcome.rival or "-",
+    )
 
 
 def _conditions(problem: dict[str, Any]) -> str:
@@ -202,7 +227,11 @@ def _number(value: float | None, form: str) -> str:
 def _seconds(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.2f} s"
+    if value >= 1:
+        return f"{value:.2f} s"
+    if value < 1e-3:
+        return f"{1e6 * value:.0f} us"
+    return f"{1e3 * value:.{0 if value >= 0.1 else 2}f} ms"
 
 
 def _bytes(value: int | None) -> str:
@@ -232,9 +261,12 @@ _INTRODUCTION = """\
 
 # Benchmarks
 
-This library under each of its gradient strategies, and the packages that do the same job, on three
-problems: one bound by overhead, one by arithmetic, one by memory. Every figure on this page was
-printed by
+This library under each of its gradient strategies and in each tier of execution, and the packages
+that do the same job, on problems bound by overhead, by arithmetic and by memory. An entry
+`ours/STRATEGY` runs eagerly, `ours/STRATEGY/step` compiles a step and its transpose,
+`ours/STRATEGY/loop` the whole solve and the whole sweep. `jax/minimal` is a symplectic adjoint of
+some two hundred lines in this repository, without output times, events or checks: the limit to
+compare with. Every figure on this page was printed by
 
 ```
 python -m benchmarks --write-docs
@@ -258,26 +290,35 @@ on fixed grids. Printed by `python -m benchmarks methods --write-docs`."""
 _METHOD = f"""\
 ## How it is measured
 
-**Time** is that of one forward solve, loss (mean square of the final state) and backward pass: the
-median of rounds in which all peers of a table run one after the other in one process, each round
-beginning one peer further. **Time ratio** divides it by the median of {BASELINE}; **paired ratio**
-is the median of the ratios within the rounds, which slow changes of the machine do not touch.
+**Time** is that of one forward solve, loss (mean square of the states at the output times, which is
+the final one where nothing else is said) and backward pass: the median of rounds in which all peers
+of a table run one after the other in one process, each round beginning one peer further. The
+**ratio** beside it is the median of the ratios to {BASELINE} within the rounds, which slow changes
+of the machine do not touch. **A step** is the time divided by the accepted steps, with its ratio:
+peers choose different steps at the same tolerance. **Compile** is by how much the first run of what
+is compiled took longer than later ones, with empty caches. It counts in no other column.
 
 **Peak** is the largest number of bytes that tensors held at one time during forward and backward,
 above what was live before: the allocator's own events, read by `symplectic_adjoint.peak_memory`.
-Gradients count; parameters and initial states, live before, do not. **Resident** is by how much
+Gradients count; parameters and initial states, live before, do not. JAX does not tell its
+allocations: there the figure is what XLA has laid out for the compiled program (its memory
+analysis: arguments, results and all temporary buffers), with room for 4096 steps in diffrax and for
+the next power of two above the steps taken in jax/minimal. **Resident** is by how much
 forward and backward raised the peak resident memory of a fresh process.
 
 **Evaluations** are calls of the network in the forward + backward pass, and **products**
-vector-Jacobian products through it, both counted by the network itself. Rejected steps and the
+vector-Jacobian products through it, both counted by the network itself (of compiled entries of this
+library, by the solver; of torchode/compiled, by the same solver uncompiled). Rejected steps and the
 choice of the first step are included.
 
 **Error** is the relative L2 error of the float32 gradient of all parameters against the exact
 gradient of the computed solution. For this library the exact gradient is plain autograd in float64
-over the very steps that were accepted. For zuko it is the same with its own step function.
+over the very steps that were accepted, and so it is for diffrax/recursive and jax/minimal, whose
+methods have the same coefficients; with many output times diffrax's interpolation is another one,
+and there is no such reference. For zuko it is the same with its own step function.
 torchdiffeq, torchode and TorchDiffEqPack do not take a list of steps: their reference is autograd
 through their own solver in float64, which may choose other steps, so that their column holds the
 difference of the steps as well. **In float64** is the same error when the solve itself runs in
 float64: where a method is exact, only rounding is left. **To the ODE** is the error of the float32
-gradient against the gradient of the differential equation (float64, dopri5, rtol 1e-11): it holds
+gradient against the gradient of the differential equation (float64, dopri8, rtol 1e-11): it holds
 the error of the discretisation, which no way of differentiating can avoid, and all others."""
