@@ -11,15 +11,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import methods
+from benchmarks import figures, methods
 from benchmarks.measure import Record
 from benchmarks.peers import BASELINE, PEERS, Peer
 from benchmarks.problems import PROBLEMS, quick
 from benchmarks.suite import load, merged, run_suite, save, write_atomically
-from benchmarks.tables import markdown, plain, plain_methods
+from benchmarks.tables import figure, markdown, plain, plain_methods, records_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results.json"
@@ -56,8 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(plain(results))
     if options.write_docs:
         page = merged(load(RESULTS), results, list(PROBLEMS)) if RESULTS.exists() else results
-        save(page, RESULTS)
-        write_atomically(PAGE, markdown(page))
+        _write(page)
     records = [record for problem in results["problems"] for record in problem["records"]]
     return int(any(r["peer"].startswith("ours/") and Record(**r).failed for r in records))
 
@@ -70,9 +70,17 @@ def _methods(options: argparse.Namespace) -> int:
     print(plain_methods(results))
     if options.write_docs:
         page = {**load(RESULTS), "methods": results}
-        save(page, RESULTS)
-        write_atomically(PAGE, markdown(page))
+        _write(page)
     return int(any(records[0]["refused"] for records in results["methods"].values()))
+
+
+def _write(results: dict[str, Any]) -> None:
+    """Writes results, page and figures."""
+    save(results, RESULTS)
+    write_atomically(PAGE, markdown(results))
+    for problem in results["problems"]:
+        image = figures.costs(problem["name"], records_of(problem))
+        write_atomically(PAGE.parent / figure(problem), image.decode())
 
 
 @contextmanager

@@ -83,6 +83,11 @@ class Record:
         """Whether it raised, other than a peer that does not take part."""
         return self.refused is not None and self.refused.startswith("fails")
 
+    @property
+    def other_method(self) -> bool:
+        """Whether its steps are those of another method than the problem states."""
+        return self.remark is not None and self.remark.startswith("another method")
+
     def as_json(self) -> dict[str, Any]:
         """The record as plain data."""
         return asdict(self)
@@ -152,9 +157,9 @@ def _against_reference(
     return None if reference is None else relative_error(value, gradient(reference))
 
 
-def resident_growth(peer: Peer, problem: Problem) -> int | None:
+def resident_growth(peer: str, problem: Problem) -> int | None:
     """By how much one run raises the peak resident bytes of a process, None off Linux."""
-    command = [sys.executable, "-m", "benchmarks.resident", problem.name, peer.name]
+    command = [sys.executable, "-m", "benchmarks.resident", problem.name, peer]
     answer = subprocess.run(command, check=False, capture_output=True, text=True)
     return int(answer.stdout) if answer.returncode == 0 else None
 
@@ -192,6 +197,19 @@ def _timed(bound: Bound) -> float:
     start = time.perf_counter()
     bound.run()
     return time.perf_counter() - start
+
+
+def split(bound: Bound) -> tuple[float, float] | None:
+    """Seconds of the forward and of the backward pass; None where they are one program."""
+    if bound.forward is None:
+        return None
+    bound.clear()
+    gc.collect()
+    start = time.perf_counter()
+    value = bound.forward().square().mean()
+    between = time.perf_counter()
+    torch.autograd.backward(value)
+    return between - start, time.perf_counter() - between
 
 
 def time_ratio(record: Record, baseline: Record) -> float | None:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 import symplectic_adjoint as sa
 from benchmarks.measure import Record, examine, interleave, resident_growth
-from benchmarks.peers import Peer
+from benchmarks.peers import Bound, Peer
 from benchmarks.problems import Problem
+from symplectic_adjoint._errors import CompilationError
 
 Report = Callable[[str], None]
 
@@ -72,9 +73,24 @@ def measure(
     problem: Problem, peers: Sequence[Peer], rounds: int, quick: bool, report: Report
 ) -> list[Record]:
     """The records of all peers on one problem; who cannot run it has the reason in its record."""
+    records, bounds = prepare(problem, peers, report)
+    if problem.steps is not None and not quick:
+        for name in bounds:
+            report(f"{problem.name}: {name}, resident memory")
+            records[name].resident = resident_growth(name, problem)
+    times = interleave(bounds, rounds, lambda text: report(f"{problem.name}: {text}"))
+    for name, seconds in times.items():
+        records[name].seconds = seconds
+    return list(records.values())
+
+
+def prepare(
+    problem: Problem, peers: Sequence[Peer], report: Report
+) -> tuple[dict[str, Record], dict[str, Bound]]:
+    """All but the times: a record for each peer, and a bound solver for each that can be timed."""
     truth = ode_gradient(problem)
     records = {peer.name: Record(peer.name, refused=peer.refuses(problem)) for peer in peers}
-    bounds = {}
+    bounds: dict[str, Bound] = {}
     for peer in peers:
         if records[peer.name].refused is None:
             report(f"{problem.name}: {peer.name}")
@@ -82,20 +98,14 @@ def measure(
                 bound = peer.bind(problem.instance())
                 records[peer.name] = examine(peer, problem, bound, truth)
                 bounds[peer.name] = bound
+            except CompilationError as error:
+                records[peer.name].refused = f"cannot be compiled: {brief(error)}"
             except Exception as error:  # a peer's defect is a finding, not the end of the run
-                records[peer.name].refused = f"fails: {type(error).__name__}: {_brief(error)}"
-    if problem.steps is not None and not quick:
-        for peer in peers:
-            if peer.name in bounds:
-                report(f"{problem.name}: {peer.name}, resident memory")
-                records[peer.name].resident = resident_growth(peer, problem)
-    times = interleave(bounds, rounds, lambda text: report(f"{problem.name}: {text}"))
-    for name, seconds in times.items():
-        records[name].seconds = seconds
-    return list(records.values())
+                records[peer.name].refused = f"fails: {type(error).__name__}: {brief(error)}"
+    return records, bounds
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
     """The first sentence or so of a message, in one line."""
     return textwrap.shorten(str(error), 200, placeholder=" ...")
 

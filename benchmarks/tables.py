@@ -56,7 +56,7 @@ def plain(results: dict[str, Any]) -> str:
     """All tables for the terminal."""
     parts = ["Quick run on small problems."] if results["quick"] else []
     for problem in results["problems"]:
-        records = _records(problem)
+        records = records_of(problem)
         parts.append(f"{problem['name']}: {problem['title']} ({problem['rounds']} rounds)")
         parts.append(_conditions(problem))
         parts.append(_plain_table(_HEAD, _rows(records)))
@@ -71,18 +71,24 @@ def markdown(results: dict[str, Any]) -> str:
     parts = [_INTRODUCTION, "## Targets", _markdown_table(_TARGET_HEAD, _target_rows(results))]
     parts += missed(results)
     for problem in results["problems"]:
-        records = _records(problem)
+        records = records_of(problem)
         parts.append(f"## {problem['name']}")
         parts.append(
             f"{problem['title'][0].upper()}{problem['title'][1:]}; {problem['rounds']} rounds."
         )
         parts.append(_conditions(problem))
+        parts.append(f"![Time and memory of each peer on {problem['name']}]({figure(problem)})")
         parts.append(_markdown_table(_HEAD, _rows(records)))
         parts.append("\n".join(f"- {note}" for note in _notes(records)))
     if "methods" in results:
         parts.append(_methods_section(results["methods"]))
     parts.append(_METHOD)
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def figure(problem: dict[str, Any]) -> str:
+    """Where the figure of a problem is, from the folder of the page."""
+    return f"assets/benchmarks/{problem['name']}.svg"
 
 
 def plain_methods(results: dict[str, Any]) -> str:
@@ -131,7 +137,8 @@ def _per_step(record: Record, ours: Record) -> float | None:
     return None if record.time is None or not steps else 1000 * record.time / steps
 
 
-def _records(problem: dict[str, Any]) -> dict[str, Record]:
+def records_of(problem: dict[str, Any]) -> dict[str, Record]:
+    """The records of a problem by peer."""
     return {record["peer"]: Record(**record) for record in problem["records"]}
 
 
@@ -175,7 +182,7 @@ def _outcomes(results: dict[str, Any]) -> list[Outcome]:
     return [
         outcome
         for problem in results["problems"]
-        for outcome in outcomes(problem["name"], _records(problem))
+        for outcome in outcomes(problem["name"], records_of(problem))
     ]
 
 

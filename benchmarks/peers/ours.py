@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ import symplectic_adjoint as sa
 from benchmarks.peers.base import Bound, Counts, Peer, attached, second_order_remark
 from benchmarks.problems import Instance, Problem, loosened
 from symplectic_adjoint import steppers
+from symplectic_adjoint.gradients._execution import TIERS
 
 _STRATEGIES: dict[str, Callable[[], Any]] = {
     "backprop": sa.Backprop,
@@ -30,11 +30,6 @@ _TIERS: dict[str, tuple[str, ...]] = {
     "step": ("symplectic-stages", "symplectic-steps", "symplectic-graph"),
     "loop": ("symplectic-stages", "symplectic-steps"),
 }
-
-
-def _known(tier: str) -> bool:
-    """Whether the installed library has this tier; one without the choice is eager."""
-    return tier == "eager" or "execution" in inspect.signature(sa.solve).parameters
 
 
 class Ours(Peer):
@@ -77,7 +72,6 @@ class Ours(Peer):
     def _bind(self, instance: Instance, gradient: Any, controller: Any) -> Bound:
         problem = loosened(instance.problem) if self.strategy == "mali" else instance.problem
         times, method = instance.times, self._method(problem)
-        tier: dict[str, Any] = {"execution": self.tier} if _known("step") else {}
         last: list[Any] = []
 
         def forward() -> Tensor:
@@ -90,7 +84,7 @@ class Ours(Peer):
                 atol=problem.atol,
                 controller=controller,
                 gradient=gradient,
-                **tier,
+                execution=self.tier,
             )
             last[:] = [solution.steps, solution.stats]
             after: Tensor = solution.y[1:]
@@ -112,6 +106,6 @@ class Ours(Peer):
 PEERS = tuple(
     Ours(strategy, tier)
     for tier, strategies in _TIERS.items()
-    if _known(tier)
+    if tier in TIERS
     for strategy in strategies
 )
