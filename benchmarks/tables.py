@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Record, step_ratio, time_ratio
 from benchmarks.peers import BASELINE
 from benchmarks.targets import LOOP, Outcome, outcomes, ratio
+from benchmarks.text import conditions, markdown_table, number, plain_table, seconds, size
 
 MISSED = Path(__file__).parent / "missed"
 """Texts on missed targets, one a problem: ``NAME.md``."""
@@ -58,17 +58,17 @@ def plain(results: dict[str, Any]) -> str:
     for problem in results["problems"]:
         records = records_of(problem)
         parts.append(f"{problem['name']}: {problem['title']} ({problem['rounds']} rounds)")
-        parts.append(_conditions(problem))
-        parts.append(_plain_table(_HEAD, _rows(records)))
+        parts.append(conditions(problem))
+        parts.append(plain_table(_HEAD, _rows(records)))
         parts += [f"  {note}" for note in _notes(records)]
     if not results["quick"]:  # the targets are about the full problems
-        parts.append(_plain_table(_TARGET_HEAD, _target_rows(results)))
+        parts.append(plain_table(_TARGET_HEAD, _target_rows(results)))
     return "\n\n".join(parts)
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The page of the documentation."""
-    parts = [_INTRODUCTION, "## Targets", _markdown_table(_TARGET_HEAD, _target_rows(results))]
+    parts = [_INTRODUCTION, "## Targets", markdown_table(_TARGET_HEAD, _target_rows(results))]
     parts += missed(results)
     for problem in results["problems"]:
         records = records_of(problem)
@@ -76,9 +76,9 @@ def markdown(results: dict[str, Any]) -> str:
         parts.append(
             f"{problem['title'][0].upper()}{problem['title'][1:]}; {problem['rounds']} rounds."
         )
-        parts.append(_conditions(problem))
+        parts.append(conditions(problem))
         parts.append(f"![Time and memory of each peer on {problem['name']}]({figure(problem)})")
-        parts.append(_markdown_table(_HEAD, _rows(records)))
+        parts.append(markdown_table(_HEAD, _rows(records)))
         parts.append("\n".join(f"- {note}" for note in _notes(records)))
     if "methods" in results:
         parts.append(_methods_section(results["methods"]))
@@ -93,8 +93,8 @@ def figure(problem: dict[str, Any]) -> str:
 
 def plain_methods(results: dict[str, Any]) -> str:
     """The table of methods for the terminal."""
-    table = _plain_table(_METHODS_HEAD, _method_rows(results))
-    return "\n\n".join([_conditions(results), f"{results['title']}.", table])
+    table = plain_table(_METHODS_HEAD, _method_rows(results))
+    return "\n\n".join([conditions(results), f"{results['title']}.", table])
 
 
 def _methods_section(results: dict[str, Any]) -> str:
@@ -103,9 +103,9 @@ def _methods_section(results: dict[str, Any]) -> str:
         for name, chosen in results["options"].items()
     )
     told = f"{results['title'][0].upper()}{results['title'][1:]}; {results['rounds']} rounds."
-    table = _markdown_table(_METHODS_HEAD, _method_rows(results))
+    table = markdown_table(_METHODS_HEAD, _method_rows(results))
     return "\n\n".join(
-        [_METHODS, f"{told} {options[0].upper()}{options[1:]}.", _conditions(results), table]
+        [_METHODS, f"{told} {options[0].upper()}{options[1:]}.", conditions(results), table]
     )
 
 
@@ -114,20 +114,20 @@ def _method_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _method_row(name: str, found: list[dict[str, Any]]) -> tuple[str, ...]:
-    solution = [_number(record["error_solution"], ".1e") for record in found[:2]]
+    solution = [number(record["error_solution"], ".1e") for record in found[:2]]
     records = [
         Record(**{k: x for k, x in record.items() if k != "error_solution"}) for record in found
     ]
     ours, backprop, adjoint, plain = records
     return (
         name,
-        *(_number(r.steps, "d") for r in (ours, backprop)),
-        *(_number(_per_step(r, ours), ".3f") for r in records[:3]),
-        *(_number(step_ratio(ours, r), ".2f") for r in (backprop, adjoint)),
-        _number(step_ratio(plain, backprop), ".2f"),
+        *(number(r.steps, "d") for r in (ours, backprop)),
+        *(number(_per_step(r, ours), ".3f") for r in records[:3]),
+        *(number(step_ratio(ours, r), ".2f") for r in (backprop, adjoint)),
+        number(step_ratio(plain, backprop), ".2f"),
         *(f"{r.forward} + {r.backward}" for r in records[:3]),
         *solution,
-        *(_number(r.error_ode, ".1e") for r in records[:3]),
+        *(number(r.error_ode, ".1e") for r in records[:3]),
     )
 
 
@@ -152,19 +152,19 @@ def _rows(records: dict[str, Record]) -> list[tuple[str, ...]]:
 def _row(record: Record, baseline: Record) -> tuple[str, ...]:
     return (
         record.peer,
-        _seconds(record.time),
-        _number(time_ratio(record, baseline), ".2f"),
-        _seconds(record.step),
-        _number(step_ratio(record, baseline), ".2f"),
-        _bytes(record.peak),
-        _number(ratio(record.peak, baseline.peak), ".3f"),
-        _bytes(record.resident),
-        _number(record.steps, "d"),
+        seconds(record.time),
+        number(time_ratio(record, baseline), ".2f"),
+        seconds(record.step),
+        number(step_ratio(record, baseline), ".2f"),
+        size(record.peak),
+        number(ratio(record.peak, baseline.peak), ".3f"),
+        size(record.resident),
+        number(record.steps, "d"),
         "-" if record.forward is None else f"{record.forward} + {record.backward}",
-        _number(record.products, "d"),
-        _number(record.error, ".1e"),
-        _number(record.error_float64, ".1e"),
-        _number(record.error_ode, ".1e"),
+        number(record.products, "d"),
+        number(record.error, ".1e"),
+        number(record.error_float64, ".1e"),
+        number(record.error_ode, ".1e"),
         "-" if record.compile is None else f"{record.compile:.1f} s",
     )
 
@@ -206,61 +206,11 @@ def _target_row(outcome: Outcome) -> tuple[str, ...]:
         f"time a step{loop}{memory}" + ", stretch" * target.stretch,
         target.rival,
         f"{target.bound:g}",
-        _number(outcome.figure, ".2f"),
+        number(outcome.figure, ".2f"),
         outcome.verdict,
         outcome.ours or "-",
         outcome.rival or "-",
     )
-
-
-def _conditions(problem: dict[str, Any]) -> str:
-    machine = problem["machine"]
-    found = {name: version for name, version in machine["packages"].items() if version}
-    parts = [
-        machine["processor"],
-        f"{machine['cores']} cores",
-        f"threads of torch: {machine['threads']}",
-        f"Python {machine['python']}",
-        *(f"{name} {version}" for name, version in found.items()),
-        problem["when"],
-    ]
-    return ", ".join(part for part in parts if part) + "."
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "-"
-    if value >= 1:
-        return f"{value:.2f} s"
-    if value < 1e-3:
-        return f"{1e6 * value:.0f} us"
-    return f"{1e3 * value:.{0 if value >= 0.1 else 2}f} ms"
-
-
-def _bytes(value: int | None) -> str:
-    if value is None:
-        return "-"
-    if value < 1e3:
-        return f"{value} B"
-    return f"{value / 1e3:.0f} kB" if value < 1e6 else f"{value / 1e6:.1f} MB"
-
-
-def _plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = []
-    for row in (head, *rows):
-        first, *others = (f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join([f"{first.strip():<{widths[0]}}", *others]))
-    return "\n".join(lines)
-
-
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = [":--", *["--:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
 _INTRODUCTION = """\
