@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Record, interleave
+from benchmarks.measure import Record, count, interleave
 from benchmarks.peers import PEERS, Bound, Peer
 from benchmarks.peers.jax_base import arguments, function
 from benchmarks.problems import PROBLEMS, Instance, Problem, quick
-from benchmarks.suite import Report, machine, prepare
+from benchmarks.suite import Report, failure, machine
 
 ENTRIES = (
     "ours/backprop",
@@ -41,18 +41,18 @@ def run(rounds: int | None, small: bool, report: Report) -> dict[str, Any]:
     """Measures every problem, as data for JSON."""
     peers = [PEERS[name] for name in ENTRIES if name in PEERS]
     problems = [quick(problem) if small else problem for problem in PROBLEMS.values()]
-    count = rounds or (2 if small else ROUNDS)
+    repeats = rounds or (2 if small else ROUNDS)
     return {
         "quick": small,
         "when": datetime.date.today().isoformat(),
         "machine": machine(peers),
-        "rounds": count,
-        "problems": [_one(problem, peers, count, report) for problem in problems],
+        "rounds": repeats,
+        "problems": [_one(problem, peers, repeats, report) for problem in problems],
     }
 
 
 def _one(problem: Problem, peers: Sequence[Peer], rounds: int, report: Report) -> dict[str, Any]:
-    records, bounds = prepare(problem, peers, report)
+    records, bounds = _prepare(problem, peers, report)
     series = _series(problem)
     every = {**bounds, **{name: bound for name, (bound, _) in series.items()}}
     seconds = interleave(every, rounds, lambda text: report(f"{problem.name}: {text}"))
@@ -68,6 +68,25 @@ def _one(problem: Problem, peers: Sequence[Peer], rounds: int, report: Report) -
         "units": units,
         "records": [record.as_json() for record in records.values()],
     }
+
+
+def _prepare(
+    problem: Problem, peers: Sequence[Peer], report: Report
+) -> tuple[dict[str, Record], dict[str, Bound]]:
+    """The counts of each peer, and a bound solver for each that can be timed."""
+    records, bounds = {}, {}
+    for peer in peers:
+        report(f"{problem.name}: {peer.name}")
+        record = records[peer.name] = Record(peer.name, refused=peer.refuses(problem))
+        if record.refused is None:
+            try:
+                bound = peer.bind(problem.instance())
+                bound.run()  # compiles
+                count(peer, problem, record)
+                bounds[peer.name] = bound
+            except Exception as error:  # is told on the page
+                record.refused = failure(error)
+    return records, bounds
 
 
 def work(record: Record, evaluation: float, product: float) -> float | None:

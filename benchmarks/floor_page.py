@@ -46,6 +46,8 @@ def _parts(results: dict[str, Any], table: Table, heading: str) -> list[str]:
             table(_UNITS_HEAD, [_unit_row(problem["units"], t) for t in ("eager", "compiled")]),
             table(_HEAD, [row(r, records[LEAST], problem["units"]) for r in _able(records)]),
         ]
+        if refused := [r for r in records.values() if r.refused]:
+            parts.append("\n".join(f"- {r.peer}: not measured, {r.refused}." for r in refused))
     return parts
 
 

@@ -119,7 +119,7 @@ def examine(peer: Peer, problem: Problem, bound: Bound, ode_gradient: Tensor) ->
     record = Record(peer.name, remark=peer.remark(problem), reference=peer.reference_note)
     if peer.compiled:
         record.first = _timed(bound)
-    value, grid = _count(peer, problem, record)
+    value, grid = count(peer, problem, record)
     if peer.compiled:
         value = bound.gradient()
     record.error_ode = relative_error(value, ode_gradient)
@@ -133,7 +133,7 @@ def examine(peer: Peer, problem: Problem, bound: Bound, ode_gradient: Tensor) ->
     return record
 
 
-def _count(peer: Peer, problem: Problem, record: Record) -> tuple[Tensor, Tensor | None]:
+def count(peer: Peer, problem: Problem, record: Record) -> tuple[Tensor, Tensor | None]:
     """Fills in the counts of a float32 run; gives its gradient and its accepted grid."""
     bound = peer.bind(problem.instance(counting=peer.counted))
     bound.run()

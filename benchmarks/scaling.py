@@ -57,7 +57,7 @@ AXES = (
     Axis(
         "steps",
         "length of the interval (the steps go with it)",
-        (1, 4, 16, 64),
+        (1, 3, 10, 30),
         lambda value: replace(_SPIRAL, t1=float(value)),
     ),
     Axis(
@@ -69,7 +69,7 @@ AXES = (
     Axis(
         "width",
         "width of the network",
-        (16, 64, 256, 1024),
+        (16, 64, 256, 512),
         lambda value: replace(_MID, sizes=(8, value, value, 8), prepare=None),
     ),
     Axis(
@@ -82,7 +82,7 @@ AXES = (
         "outputs",
         "output times",
         (1, 10, 100, 1000),
-        lambda value: replace(_SPIRAL, t1=2.0, outputs=value),
+        lambda value: replace(PROBLEMS["dense"], t1=2.0, outputs=value),
     ),
     Axis(
         "parameters",

@@ -98,11 +98,16 @@ def prepare(
                 bound = peer.bind(problem.instance())
                 records[peer.name] = examine(peer, problem, bound, truth)
                 bounds[peer.name] = bound
-            except CompilationError as error:
-                records[peer.name].refused = f"cannot be compiled: {brief(error)}"
             except Exception as error:  # a peer's defect is a finding, not the end of the run
-                records[peer.name].refused = f"fails: {type(error).__name__}: {brief(error)}"
+                records[peer.name].refused = failure(error)
     return records, bounds
+
+
+def failure(error: Exception) -> str:
+    """Why a peer has no figures: what cannot be compiled is no failure, all else is."""
+    if isinstance(error, CompilationError):
+        return f"cannot be compiled: {brief(error)}"
+    return f"fails: {type(error).__name__}: {brief(error)}"
 
 
 def brief(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """The benchmark command: what it counts, how it compares, what it writes."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -13,7 +14,18 @@ from torch import Tensor
 
 import symplectic_adjoint as sa
 from benchmarks import __main__ as command
-from benchmarks import measure, methods, resident, suite, tables
+from benchmarks import (
+    figures,
+    floor,
+    floor_page,
+    measure,
+    methods,
+    resident,
+    scaling,
+    scaling_page,
+    suite,
+    tables,
+)
 from benchmarks.measure import Record
 from benchmarks.peers import BASELINE, PEERS, Bound, Peer, jax_base, zuko_peer
 from benchmarks.peers.base import attached
@@ -288,6 +300,9 @@ def test_what_is_written_about_a_missed_target_is_on_the_page(
     assert "the reason" not in tables.markdown(fast)
 
 
+HEAD = ("machine", "when", "rounds")
+
+
 def results(*records: Record) -> dict[str, Any]:
     problem = {
         "name": "long",
@@ -429,3 +444,118 @@ def test_methods_are_measured_at_the_same_number_of_steps_and_written_to_the_pag
         assert ours["error_solution"] < 3 * theirs["error_solution"]
     page = tables.markdown({**suite.load(command.RESULTS), "methods": results})
     assert "| explicit_adams | 20 | 20 |" in page
+
+
+# The floor and the scaling curves ----------------------------------------------------------------
+
+
+def test_the_floor_is_the_sum_of_the_work_measured_alone() -> None:
+    units = {
+        "eager evaluation": [2e-3, 2e-3, 8e-3],
+        "eager evaluation and product": [5e-3, 5e-3, 11e-3],
+        "compiled evaluation": [1e-3],
+        "compiled evaluation and product": [3e-3],
+    }
+    assert floor.unit(units, "eager") == pytest.approx((2e-3, 3e-3))
+    least = Record("ours/backprop", steps=10, forward=10, backward=0, products=10, seconds=[0.1])
+    stages = Record(
+        "ours/symplectic-stages", steps=10, forward=10, backward=10, products=10, seconds=[0.14]
+    )
+    row = floor_page.row(stages, least, units)
+    # (10 + 10) x 2 ms + 10 x 3 ms, and without the second evaluations; 70 ms more in 10 steps.
+    assert row[4:] == ("70.00 ms", "2.00", "50.00 ms", "2.80", "7000 us")
+    compiled = dataclasses.replace(stages, peer="ours/symplectic-stages/loop")
+    assert floor_page.row(compiled, least, units)[4] == "40.00 ms"
+
+
+def test_series_of_the_floor_call_the_field_as_often_as_they_say() -> None:
+    instance = SPIRAL.instance(counting=True)
+    floor._evaluations(instance)(7)
+    assert (instance.field.evaluations, instance.field.products) == (7, 0)
+    floor._products(instance)(5)
+    assert (instance.field.evaluations, instance.field.products) == (12, 5)
+
+
+def test_the_sizes_that_grow_are_those_they_are_named_for() -> None:
+    axes = {axis.name: axis for axis in scaling.AXES}
+    for value in axes["parameters"].values:
+        field = axes["parameters"].problem(value).instance().field
+        assert sum(p.numel() for p in field.parameters()) == pytest.approx(value, rel=0.03)
+    for name, attribute in (("batch", "batch"), ("outputs", "outputs"), ("steps", "t1")):
+        assert [getattr(axes[name].problem(v), attribute) for v in axes[name].values] == [
+            *axes[name].values
+        ]
+
+
+def axis(ratio: float | None) -> dict[str, Any]:
+    point = {"x": 50_000, "seconds": 0.5, "peak": 1000, "backward_to_forward": ratio}
+    point["steps"] = 3
+    failed = {"x": 50_000, "seconds": None, "peak": None, "backward_to_forward": None}
+    failed["fails"] = "no such thing"
+    return {
+        "name": "parameters",
+        "label": "parameters",
+        "title": "a",
+        "points": {"ours/symplectic-stages": [point], "torchode/backprop": [failed]},
+    }
+
+
+def test_backward_passes_of_many_parameters_are_judged() -> None:
+    assert "met, the most is 3.00" in scaling_page.verdict(axis(3.0))
+    assert "missed by 50%, the most is 6.00" in scaling_page.verdict(axis(6.0))
+    assert "not measured" in scaling_page.verdict(axis(None))
+
+
+def test_the_page_of_scaling_has_a_figure_and_a_row_for_each_peer() -> None:
+    found = {**results(), "axes": [axis(3.0)]} | {k: results()["problems"][0][k] for k in HEAD}
+    page = scaling_page.markdown(found)
+    assert "| ours/symplectic-stages | 500 ms (x3.0), 1 kB |" in page
+    assert "| torchode/backprop | - |" in page
+    assert "- torchode/backprop at 50000: fails: no such thing" in page
+    assert "(assets/scaling/parameters.svg)" in page
+    (image,) = scaling_page.images(found).values()
+    assert image == scaling_page.images(found)["assets/scaling/parameters.svg"]
+    assert b"ours/symplectic-stages" in image or b"<path" in image
+
+
+def test_one_size_is_measured_for_every_peer_that_can() -> None:
+    fails = Stub("fails", lambda instance: torch.ones(()).expand(0)[1])
+    absent = Stub("absent")
+    absent.package = "no-such-distribution"
+    points = scaling._points(LONG, [Stub("stub"), fails, absent], 1)
+    assert {*points} == {"stub", "fails"}
+    assert points["stub"]["steps"] == 3
+    assert points["stub"]["seconds"] > 0
+    assert points["stub"]["backward_to_forward"] > 0
+    assert points["fails"]["seconds"] is None
+    assert "index 1 is out of bounds" in points["fails"]["fails"]
+
+
+@pytest.mark.parametrize(
+    ("data", "page", "markdown"),
+    [
+        (command.FLOOR, command.FLOOR_PAGE, floor_page.markdown),
+        (command.SCALING, command.SCALING_PAGE, scaling_page.markdown),
+    ],
+    ids=["floor", "scaling"],
+)
+def test_the_other_pages_are_what_their_results_say(
+    data: Path, page: Path, markdown: Callable[[dict[str, Any]], str]
+) -> None:
+    assert page.read_text(encoding="utf-8") == markdown(suite.load(data))
+
+
+# Figures -----------------------------------------------------------------------------------------
+
+
+def test_peers_of_a_figure_differ_in_colour_or_marker() -> None:
+    looks = figures.styles(PEERS)
+    seen = {(look["color"], look["marker"]) for look in looks.values()}
+    assert len(seen) == len(PEERS)
+    assert looks["ours/aca"]["markerfacecolor"] == "white"
+    assert looks["jax/minimal"]["markerfacecolor"] != "white"
+
+
+def test_the_same_figures_give_the_same_file() -> None:
+    records = {r.peer: r for r in (record(BASELINE), record("ours/aca", peak=50))}
+    assert figures.costs("a", records) == figures.costs("a", records)

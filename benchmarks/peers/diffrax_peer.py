@@ -21,6 +21,7 @@ class Diffrax(JaxPeer):
     def __init__(self, strategy: str) -> None:
         self.strategy = strategy
         self.name = f"diffrax/{strategy}"
+        self.doubled = strategy == "recursive"  # the other one has no steps to be exact on
 
     def remark(self, problem: Problem) -> str | None:
         if problem.method == "rk4":

@@ -8,7 +8,7 @@ PROBLEM = replace(
     spiral.PROBLEM,
     name="dense",
     summary="a thousand output times: the network of the spiral problem",
-    rounds=7,
+    rounds=5,
     outputs=1000,
     omitted={
         "torchdiffeq/adjoint": "it begins a new solve at each of the output times",

@@ -26,10 +26,10 @@ def without_density(generator: torch.Generator, batch: int, width: int) -> Tenso
 PROBLEM = Problem(
     name="ffjord",
     summary="a continuous normalizing flow for tabular data, bound by arithmetic",
-    batch=256,
+    batch=128,
     sizes=(43, 860, 860, 43),
     t1=1.0,
-    rounds=5,
+    rounds=3,
     network=Hutchinson,
     prepare=draw_noise,
     start=without_density,

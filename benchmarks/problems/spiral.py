@@ -43,7 +43,7 @@ PROBLEM = Problem(
     t1=10.0,
     rtol=1e-7,
     atol=1e-9,
-    rounds=7,
+    rounds=5,
     prepare=fit,
     start=annulus,
 )

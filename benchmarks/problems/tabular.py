@@ -8,6 +8,6 @@ PROBLEM = Problem(
     batch=256,
     sizes=(43, 860, 860, 43),
     t1=1.0,
-    rounds=7,
+    rounds=5,
     start=normal,
 )
