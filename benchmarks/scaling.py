@@ -16,11 +16,8 @@ from benchmarks.suite import Report, brief, machine
 ENTRIES = (
     "torchdiffeq/backprop",
     "torchdiffeq/adjoint",
-    "torchode/backprop",
     "diffrax/recursive",
-    "jax/minimal",
     "ours/symplectic-stages",
-    "ours/symplectic-stages/step",
     "ours/symplectic-stages/loop",
     "ours/symplectic-steps",
 )
