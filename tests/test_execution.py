@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import symplectic_adjoint as sa
+from symplectic_adjoint.execution.lift import lift
 from symplectic_adjoint.gradients import Strategy
 from tests import problems
 
@@ -470,3 +471,13 @@ def test_a_first_step_and_limits_of_steps_hold_in_the_loop() -> None:
     sizes = solution.steps.diff()
     assert math.isclose(float(sizes[0]), 0.05, rel_tol=1e-12)
     assert float(sizes.max()) <= 0.1 * (1 + 1e-12)
+
+
+def test_a_size_that_func_makes_a_constant_is_no_symbol() -> None:
+    sizes = []
+    for batch, width in ((5, 2), (4, 2), (4, 3), (4, 4)):
+        func = problems.Net(dim=width, hidden=5)
+        y0 = torch.zeros(batch, width, dtype=torch.float64)
+        sizes.append(sorted(lift(func, func, y0).graph.state_dims))
+    # The batch has changed once; the width means other weights, whatever it is.
+    assert sizes == [[], [0], [0], [0]]

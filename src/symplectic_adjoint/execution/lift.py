@@ -213,7 +213,7 @@ def _shapes(
     for i, value in enumerate(values):
         if isinstance(value, Tensor):
             sizes_of: Iterable[tuple[int, Any]] = enumerate(value.shape)
-            dynamic[i] = {d: str(size) for d, size in sizes_of if type(size) is torch.SymInt}
+            dynamic[i] = {d: str(size) for d, size in sizes_of if _changes(size)}
             symbols |= {name: (i, d) for d, name in dynamic[i].items()}
     sizes = {}
     for i, value in enumerate(values):
@@ -222,6 +222,11 @@ def _shapes(
                 raise CompilationError(f"func depends on a number ({value}) that changes")
             sizes[i] = symbols[str(value)]
     return sizes, dynamic
+
+
+def _changes(size: Any) -> bool:
+    """Whether a size may change; func may have made a constant of what changed before."""
+    return type(size) is torch.SymInt and not size.node.expr.is_number
 
 
 def _reason(error: BaseException) -> str:
