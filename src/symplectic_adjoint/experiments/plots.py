@@ -44,6 +44,7 @@ _RC: Any = {
     "axes.titlelocation": "left",
     "figure.dpi": 110,
     "legend.frameon": False,
+    "svg.hashsalt": "symplectic-adjoint",
 }
 
 
@@ -82,8 +83,17 @@ def style() -> AbstractContextManager[None]:
 
 def png(figure: Figure) -> bytes:
     """A figure as a PNG image."""
+    return _image(figure, "png", None)
+
+
+def svg(figure: Figure) -> bytes:
+    """A figure as an SVG image, the same bytes whenever it is drawn."""
+    return _image(figure, "svg", {"Date": None})
+
+
+def _image(figure: Figure, kind: str, metadata: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight", facecolor="white")
+    figure.savefig(buffer, format=kind, bbox_inches="tight", facecolor="white", metadata=metadata)
     return buffer.getvalue()
 
 

@@ -1,0 +1,63 @@
+"""The command group ``reproduce``: the experiments of the paper, each a study of its own.
+
+To plug in another study, write it as a ``sweep.Study`` and add a command here that builds it from
+its options and hands it to ``run_study``.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+from rich.console import Console
+
+from symplectic_adjoint.experiments.console import watcher
+from symplectic_adjoint.experiments.parallel import joined
+from symplectic_adjoint.experiments.shell import guarded
+from symplectic_adjoint.experiments.sweep import Study, Sweep
+
+group = typer.Typer(
+    no_args_is_help=True,
+    help="Reproduces the paper's experiments: tables, figures and a report.",
+)
+
+Out: TypeAlias = Annotated[Path, typer.Option(help="Output folder.")]
+Resume: TypeAlias = Annotated[
+    bool, typer.Option("--resume", help="Continue the stopped run in the output folder.")
+]
+Overwrite: TypeAlias = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")
+]
+
+
+@group.callback()
+def _group() -> None:
+    """Reproduces the paper's experiments: tables, figures and a report."""
+
+
+def run_study(study: Study, out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Runs a study in a folder, alone or with the other processes of ``torchrun``.
+
+    Args:
+        study: The study.
+        out: The folder.
+        resume: Continue the stopped run that the folder holds.
+        overwrite: Replace the run that the folder holds.
+
+    Raises:
+        Exit: The run failed or was stopped; a message says why and how to go on.
+    """
+    messages = Console(stderr=True)
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    again = shlex.join(["symplectic-adjoint", *words, "--resume"])
+    with guarded(messages, again) as stop, joined() as world:
+        sweep = Sweep(study, out, world)
+        sweep.prepare(resume=resume, overwrite=overwrite)
+        messages.quiet = not world.first
+        with watcher(messages) as watching:
+            sweep.run(watching, stop)
+    if world.first:
+        typer.echo(f"Report: {sweep.report / 'index.md'}")
