@@ -1,7 +1,15 @@
 """Models that are trained through a differential equation."""
 
-from symplectic_adjoint.models.blocks import Concat, ConcatSquash, TimeMLP
-from symplectic_adjoint.models.cnf import CNF, Flow, SolverOptions
+from symplectic_adjoint.models.blocks import (
+    Concat,
+    ConcatSquash,
+    ConcatSquashConv2d,
+    TimeConvNet,
+    TimeMLP,
+)
+from symplectic_adjoint.models.cnf import CNF, ContinuousFlow, Flow, Layout, SolverOptions
+from symplectic_adjoint.models.distribution import FlowDistribution
+from symplectic_adjoint.models.image_cnf import ImageCNF, bits_per_pixel
 from symplectic_adjoint.models.neural_ode import Autonomous, NeuralODE
 
 __all__ = [
@@ -9,8 +17,15 @@ __all__ = [
     "Autonomous",
     "Concat",
     "ConcatSquash",
+    "ConcatSquashConv2d",
+    "ContinuousFlow",
     "Flow",
+    "FlowDistribution",
+    "ImageCNF",
+    "Layout",
     "NeuralODE",
     "SolverOptions",
+    "TimeConvNet",
     "TimeMLP",
+    "bits_per_pixel",
 ]
