@@ -261,7 +261,10 @@ def test_a_batch_larger_than_the_data_is_all_of_it(table: str) -> None:
 
 def test_strategies_start_alike_and_see_the_same_noise(table: str) -> None:
     config = _config(table)
-    first, second = build_model(config, "backprop", 2), build_model(config, "mali", 2)
+    first, second = (
+        build_model(config, "backprop", datasets.load(table)),
+        build_model(config, "mali", datasets.load(table)),
+    )
     states = first.state_dict(), second.state_dict()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     batch = torch.zeros(4, 2)
@@ -273,7 +276,7 @@ def test_building_a_model_leaves_the_global_generator_alone(table: str) -> None:
     torch.manual_seed(1)
     expected = torch.randn(1)
     torch.manual_seed(1)
-    build_model(_config(table), "aca", 2)
+    build_model(_config(table), "aca", datasets.load(table))
     assert torch.equal(torch.randn(1), expected)
 
 
@@ -429,7 +432,7 @@ def test_the_sweep_tells_memory_at_growing_numbers_of_steps(
 
 def test_a_sweep_stops_at_the_tolerance_that_needs_too_many_steps(table: str) -> None:
     config = _config(table, strategies=("mali",))
-    model = build_model(config, "mali", 2)
+    model = build_model(config, "mali", datasets.load(table))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     batch = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
@@ -554,7 +557,7 @@ def test_the_summary_has_no_gaussian_where_columns_depend_on_each_other() -> Non
 
 def test_the_heat_map_is_the_density_in_the_original_coordinates(table: str) -> None:
     data: Dataset = datasets.load(table)
-    model = build_model(_config(table), "backprop", 2)
+    model = build_model(_config(table), "backprop", datasets.load(table))
     low, high = data.mean - 6 * data.scale, data.mean + 6 * data.scale
     extent = (float(low[0]), float(high[0]), float(low[1]), float(high[1]))
     density = plots.density_map(data, model, extent)
@@ -566,7 +569,7 @@ def test_the_heat_map_is_the_density_in_the_original_coordinates(table: str) -> 
 def test_images_get_a_figure_of_samples(tmp_path: Path) -> None:
     data = datasets.load("digits")
     config = _config("digits", iterations=1, strategies=("backprop",))
-    model = build_model(config, "backprop", data.dim)
+    model = build_model(config, "backprop", data)
     with plots.style():
         figure = plots.samples(data, (8, 8), {"backprop": model})
     assert plots.png(figure).startswith(PNG)

@@ -81,14 +81,22 @@ class Benchmark:
             DataError: A file cannot be read, or gives other sizes than the published ones.
             MissingExtraError: The format needs a package that is not installed.
         """
-        splits = self.read([self._locate(folder, name) for name in self.files], seed)
+        splits = self.read(self.locate(folder), seed)
         self._check(folder, splits)
         train, validation, test = splits.parts
         return Dataset(
             self.name, train, validation, test, splits.mean, splits.scale, self.image_shape
         )
 
-    def _locate(self, folder: Path, name: str) -> Path:
+    def locate(self, folder: Path) -> list[Path]:
+        """The files of the benchmark.
+
+        Raises:
+            DataNotFoundError: A file is missing; the message says what to put where.
+        """
+        return [self._file(folder, name) for name in self.files]
+
+    def _file(self, folder: Path, name: str) -> Path:
         for path in (folder / name, folder / f"{name}.gz"):
             if path.is_file():
                 return path

@@ -66,9 +66,17 @@ def compare(
     step_size: Annotated[
         float | None, _solver(help="Size of fixed steps, in place of step size control.")
     ] = None,
-    blocks: Annotated[int, _model(help="Stacked blocks of the flow.")] = _DEFAULT.blocks,
+    max_steps: Annotated[
+        int | None, _solver(help="Attempted steps after which a solve fails.")
+    ] = None,
+    model: Annotated[
+        str, _model(help="mlp, or conv for a multi-scale flow of images.")
+    ] = _DEFAULT.model,
+    blocks: Annotated[
+        int, _model(help="Stacked blocks of the flow, or of each scale.")
+    ] = _DEFAULT.blocks,
     hidden: Annotated[
-        str, _model(help="Widths of the hidden layers, separated by commas.")
+        str, _model(help="Widths or channels of the hidden layers, separated by commas.")
     ] = ",".join(map(str, _DEFAULT.hidden)),
     layer: Annotated[str, _model(help="concatsquash or concat.")] = _DEFAULT.layer,
     activation: Annotated[str, _model(help="softplus or tanh.")] = _DEFAULT.activation,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -15,6 +16,7 @@ import typer
 from rich.console import Console
 
 from symplectic_adjoint.experiments.console import watcher
+from symplectic_adjoint.experiments.density import DensityStudy
 from symplectic_adjoint.experiments.parallel import joined
 from symplectic_adjoint.experiments.shell import guarded
 from symplectic_adjoint.experiments.sweep import Study, Sweep
@@ -38,11 +40,32 @@ def _group() -> None:
     """Reproduces the paper's experiments: tables, figures and a report."""
 
 
-def run_study(study: Study, out: Path, *, resume: bool, overwrite: bool) -> None:
+@group.command()
+def density(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the published files; without, stand-ins are generated."),
+    ] = None,
+    scale: Annotated[
+        str, typer.Option(help="reduced, paper, or tiny to see that all works.")
+    ] = "reduced",
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    out: Out = Path("runs/density"),
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Continuous normalizing flows: strategies, methods, tolerances and precisions compared."""
+    run_study(
+        lambda: DensityStudy(scale, data, seed, device), out, resume=resume, overwrite=overwrite
+    )
+
+
+def run_study(make: Callable[[], Study], out: Path, *, resume: bool, overwrite: bool) -> None:
     """Runs a study in a folder, alone or with the other processes of ``torchrun``.
 
     Args:
-        study: The study.
+        make: Makes the study; what it raises is said in words.
         out: The folder.
         resume: Continue the stopped run that the folder holds.
         overwrite: Replace the run that the folder holds.
@@ -54,7 +77,7 @@ def run_study(study: Study, out: Path, *, resume: bool, overwrite: bool) -> None
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
     again = shlex.join(["symplectic-adjoint", *words, "--resume"])
     with guarded(messages, again) as stop, joined() as world:
-        sweep = Sweep(study, out, world)
+        sweep = Sweep(make(), out, world)
         sweep.prepare(resume=resume, overwrite=overwrite)
         messages.quiet = not world.first
         with watcher(messages) as watching:
