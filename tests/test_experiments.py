@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from symplectic_adjoint import datasets
 from symplectic_adjoint._errors import ArgumentError, UnknownNameError
+from symplectic_adjoint.controllers import Adaptive
 from symplectic_adjoint.datasets import Dataset
 from symplectic_adjoint.datasets.base import make_dataset
 from symplectic_adjoint.experiments import files, plots
@@ -22,6 +24,7 @@ from symplectic_adjoint.experiments.compare import Comparison, RunInterruptedErr
 from symplectic_adjoint.experiments.config import STRATEGIES, CompareConfig, ConfigError
 from symplectic_adjoint.experiments.files import RunFolder, RunFolderError
 from symplectic_adjoint.experiments.measure import SWEEP_STEPS, Probe, sweep_memory
+from symplectic_adjoint.experiments.parallel import World
 from symplectic_adjoint.experiments.report import command
 from symplectic_adjoint.experiments.results import Results, summarise
 from symplectic_adjoint.experiments.table import HEADINGS, findings, notes, row
@@ -31,7 +34,9 @@ from symplectic_adjoint.experiments.train import (
     batch_of,
     build_model,
     noise_of,
+    prepared,
 )
+from symplectic_adjoint.models import ImageCNF
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -574,3 +579,37 @@ def test_images_get_a_figure_of_samples(tmp_path: Path) -> None:
         figure = plots.samples(data, (8, 8), {"backprop": model})
     assert plots.png(figure).startswith(PNG)
     assert len(figure.axes) == 20
+
+
+# --- flows of images
+
+
+def test_a_flow_of_images_is_trained_on_pixels_between_zero_and_one() -> None:
+    config = CompareConfig(
+        model="conv",
+        hidden=(2,),
+        blocks=1,
+        batch_size=8,
+        iterations=1,
+        rtol=1e-2,
+        atol=1e-2,
+        max_steps=50,
+    )
+    data = datasets.load("digits")
+    data = prepared(replace(data, validation=data.validation[:8]), config)
+    assert data.log_scale == 0
+    session = Session(config, "symplectic", data)
+    session.step()
+    assert isinstance(session.model, ImageCNF)
+    assert session.model.solver.controller == Adaptive(max_steps=50)
+    assert session.history.validation[1][1] < session.history.validation[0][1]
+
+
+def test_a_flow_of_images_needs_images(table: str) -> None:
+    with pytest.raises(ConfigError, match="model='conv' needs images"):
+        Session(_config(table, model="conv"), "symplectic", datasets.load(table))
+
+
+def test_more_processes_than_rows_are_refused(table: str) -> None:
+    with pytest.raises(ConfigError, match="batch or split of 2 rows is too small for 4 processes"):
+        Session(_config(table, batch_size=2), "aca", datasets.load(table), World(0, 4))
