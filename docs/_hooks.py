@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,9 @@ def strategies() -> str:
     return table(("`gradient=`", "exact", "method", "what it does"), rows)
 
 
-def compare_help() -> str:
-    """What ``symplectic-adjoint compare --help`` prints."""
-    command = [str(Path(sys.executable).with_name("symplectic-adjoint")), "compare", "--help"]
+def command_help(*words: str) -> str:
+    """What ``symplectic-adjoint WORDS --help`` prints."""
+    command = [str(Path(sys.executable).with_name("symplectic-adjoint")), *words, "--help"]
     plain = {**os.environ, "COLUMNS": "86", "NO_COLOR": "1", "TERM": "dumb"}
     result = subprocess.run(command, env=plain, capture_output=True, text=True, check=True)
     return f"```text\n{result.stdout.strip()}\n```"
@@ -82,7 +83,8 @@ def indent(text: str) -> str:
 
 
 GENERATORS: dict[str, Callable[[], str]] = {
-    "compare_help": compare_help,
+    "compare_help": partial(command_help, "compare"),
     "methods": methods,
+    "reproduce_density_help": partial(command_help, "reproduce", "density"),
     "strategies": strategies,
 }

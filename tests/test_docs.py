@@ -41,3 +41,19 @@ def test_integrate_and_fire_example_recovers_the_neuron() -> None:
     assert misses[-1] < 1e-10
     assert abs(neuron.current.item() - 0.6) < 1e-10
     assert abs(neuron.tau.item() - 2.0) < 1e-10
+
+
+def test_digits_example_learns() -> None:
+    _, accuracies = load(EXAMPLES / "digits_classifier.py").train(epochs=3)
+    assert accuracies[-1] > 0.7
+
+
+def test_latent_ode_example_learns_to_continue_series() -> None:
+    example = load(EXAMPLES / "latent_ode.py")
+    new = example.oscillations(64, seed=2)
+    _, untrained = example.errors(example.LatentODE(), new)
+    model, bounds = example.train(iterations=80)
+    within, beyond = example.errors(model, new)
+    assert bounds[-1] < 0.15 * bounds[0]
+    assert within < 0.35
+    assert beyond < 0.9 * untrained

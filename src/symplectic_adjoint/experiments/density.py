@@ -83,7 +83,8 @@ class Scale:
         width: At most so many units in a hidden layer, or a fourth as many channels; None for the
             recipe's.
         depth: At most so many hidden layers; None for the recipe's.
-        batch_size: At most so many rows in a batch; None for the recipe's.
+        batch_size: At most so many rows in a batch, or a fourth as many images; None for the
+            recipe's.
         iterations: Optimiser steps of each strategy on each data set.
         sweep_iterations: Optimiser steps of each cell of the sweeps.
         sweep_set: Data set of the sweeps.
@@ -143,17 +144,18 @@ SCALES = {
     ),
     "reduced": Scale(
         sets=tuple(RECIPES),
-        rows=(2000, 50, 100),
+        rows=(2000, 50, 50),
         components=3,
         width=32,
         depth=2,
         batch_size=32,
-        iterations=10,
+        iterations=15,
         sweep_iterations=10,
         sweep_set="miniboone",
         strategies=("backprop", "checkpoint", "aca", "symplectic", "continuous", "mali"),
         max_steps=300,
         exact_trace=8,
+        learning_rate=3e-3,
     ),
     "tiny": Scale(
         sets=("gas", DIGITS),
@@ -283,8 +285,9 @@ class DensityStudy:
 
     def _config(self, name: str) -> CompareConfig:
         scale, recipe = self.scale, RECIPES[name]
-        widest = (
-            None if scale.width is None else scale.width // (4 if recipe.model == "conv" else 1)
+        share = 4 if recipe.model == "conv" else 1
+        width, rows = (
+            None if limit is None else limit // share for limit in (scale.width, scale.batch_size)
         )
         return CompareConfig(
             data=name,
@@ -293,10 +296,10 @@ class DensityStudy:
             max_steps=scale.max_steps,
             model=recipe.model,
             blocks=recipe.blocks(scale.components),
-            hidden=tuple(_at_most(width, widest) for width in recipe.hidden[: scale.depth]),
+            hidden=tuple(_at_most(units, width) for units in recipe.hidden[: scale.depth]),
             activation=recipe.activation,
             noise="gaussian",
-            batch_size=_at_most(recipe.batch_size, scale.batch_size),
+            batch_size=_at_most(recipe.batch_size, rows),
             learning_rate=scale.learning_rate,
             checkpoint_every=25,
             seed=self.seed,
