@@ -58,8 +58,7 @@ def train(
         with torch.no_grad():
             right = model(test_x).argmax(1) == test_y
         accuracies.append(float(right.float().mean()))
-        steps = model[1].stats.accepted
-        print(f"epoch {epoch + 1}   accuracy {accuracies[-1]:.3f}   {steps} steps")
+        print(f"epoch {epoch + 1}   accuracy {accuracies[-1]:.3f}")
     return model, accuracies
 
 
@@ -74,7 +73,7 @@ def draw(model: nn.Sequential, accuracies: list[float], path: Path) -> None:
     right = (guesses == labels[1500:]).nonzero().flatten()
     shown = torch.cat((right[:10], wrong[:5]))
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, others = figure.subfigures(1, 2, width_ratios=(1, 1.3))
+    left, others = figure.subfigures(1, 2, width_ratios=(1, 1.3), squeeze=False)[0]
     axes = left.subplots()
     axes.plot(range(1, len(accuracies) + 1), accuracies, marker="o", color="#D55E00")
     axes.set(xlabel="epoch", ylabel="accuracy on held-out digits", title="ODE-net on digits")

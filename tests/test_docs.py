@@ -44,15 +44,15 @@ def test_integrate_and_fire_example_recovers_the_neuron() -> None:
 
 
 def test_digits_example_learns() -> None:
-    _, accuracies = load(EXAMPLES / "digits_classifier.py").train(epochs=3)
-    assert accuracies[-1] > 0.7
+    _, accuracies = load(EXAMPLES / "digits_classifier.py").train(epochs=2)
+    assert accuracies[-1] > 0.6
 
 
 def test_latent_ode_example_learns_to_continue_series() -> None:
     example = load(EXAMPLES / "latent_ode.py")
     new = example.oscillations(64, seed=2)
     _, untrained = example.errors(example.LatentODE(), new)
-    model, bounds = example.train(iterations=80)
+    model, bounds = example.train(iterations=100)
     within, beyond = example.errors(model, new)
     assert bounds[-1] < 0.15 * bounds[0]
     assert within < 0.35
