@@ -16,6 +16,8 @@ from symplectic_adjoint.experiments.sweep import OK, Record
 _MEBIBYTE = 2**20
 _FLOOR = 1e-17
 """A logarithmic axis has no zero: what agrees to the last bit is drawn here."""
+_RESOLUTION = 0.01
+"""Scores, in nats, closer than this are drawn as equal."""
 _COSTS = (
     "peak memory [MiB]",
     "seconds/iteration",
@@ -324,6 +326,10 @@ def _sweep_figure(records: Sequence[Record], places: dict[str, float], label: st
         axes.set(title=title, xlabel=label)
         _sweep_axis(axes, records, places, label)
     panels[0].set(yscale="log", ylabel="relative L2 error")
+    low, high = panels[1].get_ylim()
+    spare = max(0.0, _RESOLUTION - (high - low)) / 2
+    panels[1].set_ylim(low - spare, high + spare)
+    panels[1].ticklabel_format(axis="y", useOffset=False)
     panels[2].set(yscale="log")
     styled(panels[2].yaxis)
     handles = panels[0].get_legend_handles_labels()

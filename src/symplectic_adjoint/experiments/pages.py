@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from symplectic_adjoint.experiments.files import write_bytes, write_json
-from symplectic_adjoint.experiments.plots import png, style, svg
+from symplectic_adjoint.experiments.plots import png, svg
 
 _MISSING = "-"
 
@@ -114,12 +114,6 @@ def write_page(page: Page, folder: Path) -> None:
         page: The page.
         folder: Where to; what an earlier page left there under the same names is replaced.
     """
-    with style():
-        _write_parts(page, folder)
-    write_bytes(folder / "index.md", page.markdown().encode())
-
-
-def _write_parts(page: Page, folder: Path) -> None:
     for section in page.sections:
         for table in section.tables:
             write_json(folder / f"{table.name}.json", table.to_dict())
@@ -127,6 +121,7 @@ def _write_parts(page: Page, folder: Path) -> None:
         for name, (figure, _) in section.figures.items():
             write_bytes(folder / f"{name}.png", png(figure))
             write_bytes(folder / f"{name}.svg", svg(figure))
+    write_bytes(folder / "index.md", page.markdown().encode())
 
 
 def shown(value: Any) -> str:

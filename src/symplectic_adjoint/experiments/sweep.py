@@ -26,6 +26,7 @@ from symplectic_adjoint.experiments.files import (
 )
 from symplectic_adjoint.experiments.pages import Page, write_page
 from symplectic_adjoint.experiments.parallel import ALONE, World
+from symplectic_adjoint.experiments.plots import style
 from symplectic_adjoint.experiments.results import environment
 from symplectic_adjoint.experiments.train import TrainingError
 
@@ -260,7 +261,8 @@ class Sweep:
         with self.folder.lock():
             self._run_cells(observer, should_stop)
             records = {cell.name: self.record(cell) for cell in self.study.cells()}
-            write_page(self.page(records), self.report)
+            with style():  # of figures, as they are drawn and as they are written
+                write_page(self.page(records), self.report)
         return records
 
     def page(self, records: Mapping[str, Record]) -> Page:
