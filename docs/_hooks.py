@@ -24,7 +24,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def methods() -> str:
     """The table of methods, and where each comes from."""
-    from symplectic_adjoint import tableaus
+    from symplectic_adjoint import splitting, tableaus
+    from symplectic_adjoint.steppers import Partitioned
 
     found = sorted(map(tableaus.get, tableaus.names()), key=lambda each: (each.order, each.name))
     rows = []
@@ -45,8 +46,13 @@ def methods() -> str:
                 f"order {each.interpolant.order}" + (f", {extra} extra" if extra else ""),
             )
         )
+    for each in map(splitting.get, splitting.names()):
+        work = Partitioned(each).work
+        cost, dense = work.inner + work.node, f"order {min(3, each.order)}, {work.extra} extra"
+        rows.append((f"`{each.name}`", each.order, "fixed grid, (q, p)", cost, dense))
     titles = ("name", "order", "steps", "evaluations per step", "dense output")
-    sources = "\n".join(f"- `{each.name}`: {each.citation}" for each in found)
+    cited = [*found, *map(splitting.get, splitting.names())]
+    sources = "\n".join(f"- `{each.name}`: {each.citation}" for each in cited)
     return f'{table(titles, rows)}\n\n??? note "Sources"\n{indent(sources)}'
 
 
