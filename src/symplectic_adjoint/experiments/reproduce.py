@@ -18,6 +18,7 @@ from rich.console import Console
 from symplectic_adjoint.experiments.console import watcher
 from symplectic_adjoint.experiments.density import DensityStudy
 from symplectic_adjoint.experiments.parallel import joined
+from symplectic_adjoint.experiments.physics import PhysicsStudy
 from symplectic_adjoint.experiments.shell import guarded
 from symplectic_adjoint.experiments.sweep import Study, Sweep
 
@@ -84,3 +85,51 @@ def run_study(make: Callable[[], Study], out: Path, *, resume: bool, overwrite: 
             sweep.run(watching, stop)
     if world.first:
         typer.echo(f"Report: {sweep.report / 'index.md'}")
+
+
+@group.command()
+def physics(
+    out: Out = Path("runs/physics"),
+    systems: Annotated[str, typer.Option(help="Systems, separated by commas.")] = "kdv,cahn-hilliard",
+    strategies: Annotated[
+        str, typer.Option(help="Gradient strategies, separated by commas.")
+    ] = "backprop,checkpoint,aca,symplectic,continuous",
+    methods: Annotated[
+        str, typer.Option(help="Methods, e.g. dopri5,dopri8,verlet; separated by commas.")
+    ] = "dopri5",
+    models: Annotated[
+        str, typer.Option(help="energy (learned energy), plain (learned dynamics), or both.")
+    ] = "energy",
+    iterations: Annotated[int, typer.Option(min=1, help="Iterations of training.")] = 80,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs of snapshots in a batch.")] = 20,
+    width: Annotated[int, typer.Option(min=1, help="Width of the hidden layers.")] = 32,
+    trajectories: Annotated[int, typer.Option(min=1, help="Trajectories to learn from.")] = 10,
+    snapshots: Annotated[int, typer.Option(min=2, help="Snapshots of each.")] = 21,
+    horizon: Annotated[int, typer.Option(min=2, help="Snapshots of the long prediction.")] = 41,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Step size of Adam.")] = 5e-3,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Of adaptive methods.")] = 1e-5,
+    substeps: Annotated[int, typer.Option(min=1, help="Steps a snapshot of other methods.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Learns physical systems from snapshots, and predicts with what was learned.
+
+    Systems: mass-spring, pendulum, double-pendulum, two-body, henon-heiles, kdv, cahn-hilliard. As
+    it is it takes a few minutes on two cores; a larger scale is e.g. --iterations 10000 --width 200
+    --trajectories 90 --snapshots 101 --methods dopri8.
+    """
+    study = PhysicsStudy(
+        *(tuple(names.split(",")) for names in (systems, strategies, methods, models)),
+        iterations,
+        batch,
+        width,
+        trajectories,
+        snapshots,
+        horizon,
+        learning_rate,
+        tolerance,
+        substeps,
+        seed,
+    )
+    run_study(study, out, resume=resume, overwrite=overwrite)

@@ -1,0 +1,98 @@
+"""Find the lengths, masses and friction of a double pendulum from noisy measurements of its angles.
+
+The pendulum is a multibody system, ``M(angles) acceleration = forces``. The parameters, and the
+speeds at which it was let go, are found by Gauss-Newton steps with the exact Jacobian of the computed
+trajectory.
+
+    python examples/pendulum_identification.py
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import symplectic_adjoint as sa
+
+GRAVITY = 9.81
+NAMES = ("length 1", "length 2", "mass ratio", "friction", "speed 1", "speed 2")
+TRUE = torch.tensor([1.0, 0.7, 0.5, 0.15, 0.4, -1.2], dtype=torch.float64)
+GUESS = torch.tensor([1.15, 0.6, 0.7, 0.0, 0.0, 0.0], dtype=torch.float64)
+ANGLES = torch.tensor([0.9, 0.5], dtype=torch.float64)
+TIMES = torch.linspace(0.0, 3.0, 61, dtype=torch.float64)
+NOISE = 0.01
+
+
+class Fit(NamedTuple):
+    """A fit: the parameters after each step, and the root mean square of what is left (rad)."""
+
+    parameters: Tensor
+    misfit: list[float]
+    deviation: Tensor
+
+
+def dynamics(t: Tensor, y: Tensor, parameters: Tensor) -> Tensor:
+    """``y = (angle 1, angle 2, speed 1, speed 2)``; angles are from the vertical."""
+    a, b, u, v = y.unbind()
+    long, short, ratio, friction = parameters[:4].unbind()
+    c, s = torch.cos(a - b), torch.sin(a - b)
+    # The mass matrix [[m11, m12], [m12, m22]] and the forces, both divided by the first mass.
+    m11, m12, m22 = (1 + ratio) * long**2, ratio * long * short * c, ratio * short**2
+    f1 = -ratio * long * short * v**2 * s - (1 + ratio) * GRAVITY * long * torch.sin(a)
+    f2 = ratio * long * short * u**2 * s - ratio * GRAVITY * short * torch.sin(b)
+    f1, f2 = f1 - friction * (2 * u - v), f2 - friction * (v - u)
+    determinant = m11 * m22 - m12**2
+    du, dv = (m22 * f1 - m12 * f2) / determinant, (m11 * f2 - m12 * f1) / determinant
+    return torch.stack([u, v, du, dv])
+
+
+def angles(parameters: Tensor, method: str = "rk4") -> Tensor:
+    """The angles at the times of measurement, (times, 2)."""
+    y0 = torch.cat([ANGLES, parameters[4:]])
+    sol = sa.solve(dynamics, y0, TIMES, args=(parameters,), method=method)
+    return sol.y[:, :2]  # type: ignore[no-any-return]
+
+
+def measured(seed: int = 0) -> Tensor:
+    """What a camera sees: the true angles with noise."""
+    noise = torch.randn(2 * len(TIMES), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return angles(TRUE, "dopri5") + NOISE * noise.double().reshape(-1, 2)
+
+
+def fit(data: Tensor, steps: int = 7) -> Fit:
+    """Levenberg-Marquardt: a step that does not lower the misfit is shortened."""
+    x, damping = GUESS.clone(), 1e-2
+    history, misfit = [x], [float((angles(x) - data).square().mean().sqrt())]
+    jacobian = torch.zeros(data.numel(), len(x))
+    for _ in range(steps):
+        jacobian = torch.func.jacfwd(angles)(x).reshape(-1, len(x))
+        left = (data - angles(x)).reshape(-1)
+        normal = jacobian.T @ jacobian
+        for _ in range(8):
+            step = torch.linalg.solve(normal + damping * normal.diag().diag(), jacobian.T @ left)
+            miss = float((angles(x + step) - data).square().mean().sqrt())
+            if miss < misfit[-1]:
+                x, damping = x + step, damping / 10
+                break
+            damping *= 10
+        history.append(x)
+        misfit.append(min(miss, misfit[-1]))
+    # The spread that noise of this size leaves in the parameters.
+    deviation = NOISE * torch.linalg.inv(jacobian.T @ jacobian).diag().sqrt()
+    return Fit(torch.stack(history), misfit, deviation)
+
+
+def main() -> None:
+    """Fit and print."""
+    found = fit(measured())
+    print("            found    +-      true")
+    for name, x, d, true in zip(NAMES, found.parameters[-1], found.deviation, TRUE, strict=True):
+        print(f"{name:11} {float(x):7.4f} {float(d):.4f} {float(true):7.4f}")
+    print(f"misfit {found.misfit[-1]:.4f} rad, noise {NOISE} rad")
+
+
+if __name__ == "__main__":
+    main()
