@@ -23,7 +23,7 @@ EVERY, NOISE = 4, 0.05
 STEP = 0.25
 
 WAVES = 2 * math.pi / LENGTH * torch.arange(POINTS // 2 + 1, dtype=torch.float64)
-KEPT = WAVES <= WAVES[-1] * 2 / 3  # shorter waves are left out, so that products are exact
+KEPT = WAVES[-1] * 2 / 3 >= WAVES  # shorter waves are left out, so that products are exact
 GROWTH = torch.where(KEPT, WAVES**2 - WAVES**4, 0.0)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from symplectic_adjoint._errors import ArgumentError, UnknownNameError
+from symplectic_adjoint._errors import UnknownNameError
 from symplectic_adjoint.api import solve
 from symplectic_adjoint.controllers import FixedGrid
 from symplectic_adjoint.datasets.errors import DataError
@@ -190,7 +190,7 @@ class _AverageVectorField:
         after, change = u, math.inf
         for _ in range(_ITERATIONS):
             last = change
-            average = sum((self.nonlinear(u + s * (after - u)) for s in places)) / 2
+            average = sum(self.nonlinear(u + s * (after - u)) for s in places) / 2
             new = (known + self.h * average @ self.g) @ self.inverse
             change, after = float((new - after).abs().max()), new
             if change <= 1e-12 * scale and change >= last / 2:  # no longer shrinking: rounding
@@ -262,7 +262,7 @@ def double_pendulum() -> Mechanics:
         angles = 1.6 * torch.rand(count, 2, generator=generator, dtype=torch.float64) - 0.8
         return torch.cat([angles, torch.zeros_like(angles)], -1)
 
-    return Mechanics("double-pendulum", Hamiltonian(energy), draw, "gl6", 0.05, 0.2)
+    return Mechanics("double-pendulum", Hamiltonian(energy), draw, "gl6", 0.025, 0.2)
 
 
 def two_body() -> Mechanics:

@@ -374,9 +374,7 @@ class Training:
         pairs = self.integrate(truth[:-1].flatten(0, 1), model, "symplectic").y[-1]
         changes = (truth[1:] - truth[:-1]).square().mean()
         found: dict[str, Any] = {
-            "one_step_error": float(
-                (pairs - truth[1:].flatten(0, 1)).square().mean() / changes
-            ),
+            "one_step_error": float((pairs - truth[1:].flatten(0, 1)).square().mean() / changes),
             "learned_energy": _correlation(model, self.system, truth),
         }
         try:
@@ -527,4 +525,3 @@ def _compared(records: Mapping[str, Record]) -> list[str]:
             text += f" and {own_pace / pace:.2f} times its time"
         found.append(text + ".")
     return found
-

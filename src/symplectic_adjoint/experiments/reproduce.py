@@ -90,7 +90,9 @@ def run_study(make: Callable[[], Study], out: Path, *, resume: bool, overwrite: 
 @group.command()
 def physics(
     out: Out = Path("runs/physics"),
-    systems: Annotated[str, typer.Option(help="Systems, separated by commas.")] = "kdv,cahn-hilliard",
+    systems: Annotated[
+        str, typer.Option(help="Systems, separated by commas.")
+    ] = "kdv,cahn-hilliard",
     strategies: Annotated[
         str, typer.Option(help="Gradient strategies, separated by commas.")
     ] = "backprop,checkpoint,aca,symplectic,continuous",

@@ -133,8 +133,8 @@ def energy_gradient(energy: Energy, y: Tensor, module: nn.Module) -> Tensor:
         y.requires_grad or any(p.requires_grad for p in module.parameters())
     )
     with torch.enable_grad():
-        if not (wanted and y.requires_grad):
-            y = y.detach().requires_grad_()
+        if not y.requires_grad:
+            y = y.view_as(y).requires_grad_()  # detach() would drop the tangents of forward mode
         (gradient,) = torch.autograd.grad(energy(y).sum(), y, create_graph=wanted)
     return gradient
 
