@@ -1,8 +1,9 @@
 """Recover the initial field of a chaotic equation from sparse observations (4D-Var).
 
-The Kuramoto-Sivashinsky equation ``u_t = -u u_x - u_xx - u_xxxx`` on a periodic interval is observed
-at every fourth grid point, now and then, with noise. The initial field is found by minimising the
-misfit to all observations with L-BFGS, whose gradient is the exact one of the computed trajectory.
+The Kuramoto-Sivashinsky equation ``u_t = -u u_x - u_xx - u_xxxx`` on a periodic interval is
+observed at every fourth grid point, now and then, with noise. The initial field is found by
+minimising the misfit to all observations with L-BFGS, whose gradient is the exact one of the
+computed trajectory.
 
     python examples/data_assimilation.py
 """

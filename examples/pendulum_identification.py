@@ -1,7 +1,8 @@
 """Find the lengths, masses and friction of a double pendulum from noisy measurements of its angles.
 
 The pendulum is a multibody system, ``M(angles) acceleration = forces``. The parameters, and the
-speeds at which it was let go, are found by L-BFGS with the exact gradient of the computed trajectory.
+speeds at which it was let go, are found by L-BFGS with the exact gradient of the computed
+trajectory.
 
     python examples/pendulum_identification.py
 """

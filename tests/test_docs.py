@@ -57,3 +57,18 @@ def test_latent_ode_example_learns_to_continue_series() -> None:
     assert bounds[-1] < 0.15 * bounds[0]
     assert within < 0.35
     assert beyond < 0.9 * untrained
+
+
+def test_assimilation_example_recovers_the_initial_field() -> None:
+    analysis = load(EXAMPLES / "data_assimilation.py").assimilate(iterations=12)
+    before, after = analysis.errors()
+    assert after[0] < 0.4 * before[0]
+    assert after[-1] < 0.1 * before[-1]
+
+
+def test_pendulum_example_identifies_the_pendulum() -> None:
+    example = load(EXAMPLES / "pendulum_identification.py")
+    found = example.fit(example.measured(), iterations=25)
+    assert found.misfit[0] > 0.2
+    assert found.misfit[-1] < 1.1 * example.NOISE
+    assert float((found.parameters - example.TRUE).abs()[:4].max()) < 0.02

@@ -4,8 +4,8 @@ Every system follows from an energy, by the same modules that learn one (``model
 ``models.EnergyPDE``), so that a learned energy can be held against the true one.
 
 Mechanical systems are integrated by symplectic methods of order six, in steps so small
-that the energy is kept to about ten digits. The partial differential equations are integrated by the
-average vector field method (Quispel and McLaren, "A new class of energy-preserving numerical
+that the energy is kept to about ten digits. The partial differential equations are integrated by
+the average vector field method (Quispel and McLaren, "A new class of energy-preserving numerical
 integration methods", J. Phys. A 41 (2008) 045206, equation 1.2),
 
     (u1 - u0) / h = G int_0^1 dH/du (u0 + s (u1 - u0)) ds,
@@ -349,8 +349,8 @@ def korteweg_de_vries(points: int = 50, length: float = 10.0) -> FieldEquation:
 def cahn_hilliard(points: int = 50, length: float = 1.0, gamma: float = 5e-4) -> FieldEquation:
     """Two fluids that separate, ``u_t = (u^3 - u - gamma u_xx)_xx``.
 
-    ``H = int ((u^2 - 1)^2 / 4 + gamma u_x^2 / 2) dx``, ``G`` the Laplacian: the energy decays and the
-    mass stays. Fields begin as a mean and a few random waves.
+    ``H = int ((u^2 - 1)^2 / 4 + gamma u_x^2 / 2) dx``, ``G`` the Laplacian: the energy decays and
+    the mass stays. Fields begin as a mean and a few random waves.
 
     Args:
         points: Grid points.

@@ -2,8 +2,8 @@
 
 The network gives an energy and thereby the dynamics (``models.Hamiltonian``, ``models.EnergyPDE``),
 or, to compare with, the dynamics themselves. It is trained by integrating from one snapshot to the
-next. All strategies see the same weights, snapshots and batches, so that exact ones differ in rounding
-only, and in what they cost.
+next. All strategies see the same weights, snapshots and batches, so that exact ones differ in
+rounding only, and in what they cost.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class PhysicsStudy:
     Attributes:
         systems: Names of the systems, see ``datasets.physics``.
         strategies: Gradient strategies.
-        methods: Methods with which snapshots are joined. One for separable systems is left out where
-            the network is not separable.
+        methods: Methods with which snapshots are joined. One for separable systems is left out
+            where the network is not separable.
         models: "energy" (the network is an energy), "plain" (it is the dynamics).
         iterations: Iterations of training.
         batch: Pairs of neighbouring snapshots in a batch.

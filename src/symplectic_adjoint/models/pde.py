@@ -17,11 +17,12 @@ Structure = Literal["derivative", "laplacian"]
 class EnergyPDE(nn.Module):
     """``du/dt = G dH/du`` on a periodic grid, with a learned or a given energy ``H``.
 
-    ``dH/du`` is the variational derivative, the gradient of ``H`` divided by the spacing. With ``G``
-    the spatial derivative (skew-symmetric) the energy is conserved, as in the Korteweg-de Vries
-    equation; with the Laplacian (negative semidefinite) it decays, as in the Cahn-Hilliard equation.
-    Either way the mass, the sum of ``u``, is conserved, whatever the energy (Matsubara, Ishikawa,
-    Yaguchi, "Deep energy-based modeling of discrete-time physics", NeurIPS 2020, section 3).
+    ``dH/du`` is the variational derivative, the gradient of ``H`` divided by the spacing. With
+    ``G`` the spatial derivative (skew-symmetric) the energy is conserved, as in the Korteweg-de
+    Vries equation; with the Laplacian (negative semidefinite) it decays, as in the Cahn-Hilliard
+    equation. Either way the mass, the sum of ``u``, is conserved, whatever the energy (Matsubara,
+    Ishikawa, Yaguchi, "Deep energy-based modeling of discrete-time physics", NeurIPS 2020, section
+    3).
 
     Args:
         energy: Maps fields (..., n) to energies (...) or (..., 1): a network, or any twice
@@ -64,8 +65,8 @@ class EnergyPDE(nn.Module):
 class ConvEnergy(nn.Module):
     """A periodic convolutional energy: the integral of a learned density of ``u`` nearby.
 
-    The density is translation invariant: a convolution over neighbouring points, and convolutions of
-    width one, with tanh between them.
+    The density is translation invariant: a convolution over neighbouring points, and convolutions
+    of width one, with tanh between them.
 
     Args:
         width: Channels of the hidden layers.
@@ -109,7 +110,7 @@ class ConvEnergy(nn.Module):
 
 
 def derivative(u: Tensor, spacing: float) -> Tensor:
-    """The central difference on a periodic grid, a skew-symmetric operator: (..., n) -> (..., n)."""
+    """The central difference on a periodic grid, skew-symmetric: (..., n) -> (..., n)."""
     return (u.roll(-1, -1) - u.roll(1, -1)) / (2 * spacing)
 
 
