@@ -1,6 +1,6 @@
 """Draw the figures of the documentation's page on inverse problems from the examples beside this.
 
-    python examples/figures.py docs/assets
+python examples/figures.py docs/assets
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def assimilation_figure() -> Figure:
     axes = figure.subplots(1, 3)
     extent = (0.0, float(assimilation.TIMES[-1]), 0.0, assimilation.LENGTH)
     for panel, (title, field) in zip(
-        axes[:2], (("truth, observed at the dots", analysis.truth), ("found", analysis.found)),
+        axes[:2],
+        (("truth, observed at the dots", analysis.truth), ("found", analysis.found)),
         strict=True,
     ):
         image = panel.imshow(
