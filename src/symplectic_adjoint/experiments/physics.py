@@ -71,7 +71,7 @@ class PhysicsStudy:
     strategies: tuple[str, ...] = ("backprop", "checkpoint", "aca", "symplectic", "continuous")
     methods: tuple[str, ...] = ("dopri5",)
     models: tuple[str, ...] = ("energy",)
-    iterations: int = 80
+    iterations: int = 60
     batch: int = 20
     width: int = 32
     trajectories: int = 10

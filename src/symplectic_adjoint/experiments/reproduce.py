@@ -102,7 +102,7 @@ def physics(
     models: Annotated[
         str, typer.Option(help="energy (learned energy), plain (learned dynamics), or both.")
     ] = "energy",
-    iterations: Annotated[int, typer.Option(min=1, help="Iterations of training.")] = 80,
+    iterations: Annotated[int, typer.Option(min=1, help="Iterations of training.")] = 60,
     batch: Annotated[int, typer.Option(min=1, help="Pairs of snapshots in a batch.")] = 20,
     width: Annotated[int, typer.Option(min=1, help="Width of the hidden layers.")] = 32,
     trajectories: Annotated[int, typer.Option(min=1, help="Trajectories to learn from.")] = 10,
@@ -121,17 +121,21 @@ def physics(
     it is it takes a few minutes on two cores; a larger scale is e.g. --iterations 10000 --width 200
     --trajectories 90 --snapshots 101 --methods dopri8.
     """
-    study = PhysicsStudy(
-        *(tuple(names.split(",")) for names in (systems, strategies, methods, models)),
-        iterations,
-        batch,
-        width,
-        trajectories,
-        snapshots,
-        horizon,
-        learning_rate,
-        tolerance,
-        substeps,
-        seed,
-    )
-    run_study(study, out, resume=resume, overwrite=overwrite)
+    names = (systems, strategies, methods, models)
+
+    def make() -> Study:
+        return PhysicsStudy(
+            *(tuple(each.split(",")) for each in names),
+            iterations,
+            batch,
+            width,
+            trajectories,
+            snapshots,
+            horizon,
+            learning_rate,
+            tolerance,
+            substeps,
+            seed,
+        )
+
+    run_study(make, out, resume=resume, overwrite=overwrite)
