@@ -39,7 +39,8 @@ class Analysis(NamedTuple):
     def errors(self) -> tuple[Tensor, Tensor]:
         """Root mean square error at each time, before and after, relative to the field."""
         size = self.truth.square().mean().sqrt()
-        return tuple((u - self.truth).square().mean(-1).sqrt() / size for u in self[1:3])
+        before, after = self.first_guess - self.truth, self.found - self.truth
+        return before.square().mean(-1).sqrt() / size, after.square().mean(-1).sqrt() / size
 
 
 def dynamics(t: Tensor, v: Tensor) -> Tensor:
@@ -50,7 +51,8 @@ def dynamics(t: Tensor, v: Tensor) -> Tensor:
     """
     factor = torch.exp(GROWTH * t)
     u = torch.fft.irfft(v * factor, POINTS)
-    return -0.5j * WAVES * KEPT * torch.fft.rfft(u**2) / factor
+    slope: Tensor = -0.5j * WAVES * KEPT * torch.fft.rfft(u**2) / factor
+    return slope
 
 
 def trajectory(u0: Tensor, count: int = len(TIMES)) -> Tensor:
@@ -77,7 +79,8 @@ def truth() -> Tensor:
 
 def smoothed(x: Tensor) -> Tensor:
     """The control variable as a field: short waves, which the flow forgets at once, are small."""
-    return torch.fft.irfft(torch.fft.rfft(x) / (1 + (WAVES / 1.5) ** 4), POINTS)
+    u: Tensor = torch.fft.irfft(torch.fft.rfft(x) / (1 + (WAVES / 1.5) ** 4), POINTS)
+    return u
 
 
 def assimilate(iterations: int = 25, seed: int = 0) -> Analysis:
@@ -105,11 +108,11 @@ def _minimised(x: Tensor, observed: Tensor, iterations: int, misfit: list[float]
         fields = trajectory(smoothed(x), len(observed) + 1)[1:, ::EVERY]
         # The field's own size is known, too: a weak prior keeps what no one observes small.
         loss = (fields - observed).square().mean() + 1e-5 * x.square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         misfit.append(float(loss.detach()) ** 0.5)
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     return x.detach()
 
 

@@ -80,11 +80,11 @@ def fit(data: Tensor, iterations: int = 12) -> Fit:
             # Lengths, masses and friction stay positive.
             parameters = torch.where(signs > 0, scale * torch.exp(x), x)
             loss = (angles(parameters, window) - data[:window]).square().mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             misfit.append(float(loss.detach()) ** 0.5)
             return loss
 
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     return Fit(torch.where(signs > 0, scale * torch.exp(x), x).detach(), misfit)
 
 

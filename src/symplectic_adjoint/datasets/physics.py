@@ -190,8 +190,9 @@ class _AverageVectorField:
         after, change = u, math.inf
         for _ in range(_ITERATIONS):
             last = change
-            average = sum(self.nonlinear(u + s * (after - u)) for s in places) / 2
-            new = (known + self.h * average @ self.g) @ self.inverse
+            early, late = (self.nonlinear(u + s * (after - u)) for s in places)
+            average = (early + late) / 2
+            new: Tensor = (known + self.h * average @ self.g) @ self.inverse
             change, after = float((new - after).abs().max()), new
             if change <= 1e-12 * scale and change >= last / 2:  # no longer shrinking: rounding
                 return after
@@ -273,7 +274,8 @@ def two_body() -> Mechanics:
     """
 
     def potential(q: Tensor) -> Tensor:
-        return -1 / torch.linalg.vector_norm(q[..., :2] - q[..., 2:], dim=-1)
+        distance: Tensor = torch.linalg.vector_norm(q[..., :2] - q[..., 2:], dim=-1)
+        return -1 / distance
 
     def draw(count: int, generator: Generator) -> Tensor:
         radius, angle, factor = torch.rand(3, count, 1, generator=generator, dtype=torch.float64)
@@ -330,7 +332,8 @@ def korteweg_de_vries(points: int = 50, length: float = 10.0) -> FieldEquation:
         c, d = torch.rand(2, count, 2, 1, generator=generator, dtype=torch.float64)
         c = 0.5 + 2.0 * c
         away = (x - d * length + length / 2) % length - length / 2
-        return (c / 2 / torch.cosh(torch.sqrt(c) / 2 * away) ** 2).sum(-2)
+        u: Tensor = (c / 2 / torch.cosh(torch.sqrt(c) / 2 * away) ** 2).sum(-2)
+        return u
 
     return FieldEquation(
         "kdv",
@@ -367,7 +370,8 @@ def cahn_hilliard(points: int = 50, length: float = 1.0, gamma: float = 5e-4) ->
         size, phase = torch.rand(2, count, 4, 1, generator=generator, dtype=torch.float64)
         modes = torch.arange(1, 5, dtype=torch.float64).unsqueeze(-1)
         waves = (size - 0.5) * torch.cos(2 * math.pi * (modes * x / length + phase))
-        return mean + 0.4 * waves.sum(-2)
+        u: Tensor = mean + 0.4 * waves.sum(-2)
+        return u
 
     return FieldEquation(
         "cahn-hilliard",

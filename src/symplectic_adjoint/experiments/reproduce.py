@@ -121,21 +121,23 @@ def physics(
     it is it takes a few minutes on two cores; a larger scale is e.g. --iterations 10000 --width 200
     --trajectories 90 --snapshots 101 --methods dopri8.
     """
-    names = (systems, strategies, methods, models)
 
     def make() -> Study:
         return PhysicsStudy(
-            *(tuple(each.split(",")) for each in names),
-            iterations,
-            batch,
-            width,
-            trajectories,
-            snapshots,
-            horizon,
-            learning_rate,
-            tolerance,
-            substeps,
-            seed,
+            tuple(systems.split(",")),
+            tuple(strategies.split(",")),
+            tuple(methods.split(",")),
+            tuple(models.split(",")),
+            iterations=iterations,
+            batch=batch,
+            width=width,
+            trajectories=trajectories,
+            snapshots=snapshots,
+            horizon=horizon,
+            learning_rate=learning_rate,
+            tolerance=tolerance,
+            substeps=substeps,
+            seed=seed,
         )
 
     run_study(make, out, resume=resume, overwrite=overwrite)
