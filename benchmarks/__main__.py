@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import os
 import sys
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import methods
+from benchmarks import figures, floor, floor_page, methods, scaling, scaling_page
+from benchmarks.measure import Record
 from benchmarks.peers import BASELINE, PEERS, Peer
 from benchmarks.problems import PROBLEMS, quick
 from benchmarks.suite import load, merged, run_suite, save, write_atomically
-from benchmarks.tables import markdown, plain, plain_methods
+from benchmarks.tables import figure, markdown, plain, plain_methods, records_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
+FLOOR = ROOT / "benchmarks" / "floor.json"
+FLOOR_PAGE = ROOT / "docs" / "floor.md"
+SCALING = ROOT / "benchmarks" / "scaling.json"
+SCALING_PAGE = ROOT / "docs" / "scaling.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,40 +47,112 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--write-docs takes the figures of a full run, not of --quick")
     if options.threads:
         torch.set_num_threads(options.threads)
-    if "methods" in options.problems:
+    special = [name for name in options.problems if name in SPECIAL]
+    if special:
         if len(options.problems) > 1 or options.load:
-            parser.error("methods is measured by itself")
-        return _methods(options)
+            parser.error(f"{special[0]} is measured by itself")
+        return _special(SPECIAL[special[0]], options)
     if options.load:
         results = load(options.load)
     else:
         problems = [PROBLEMS[name] for name in options.problems or PROBLEMS]
         problems = [quick(problem) for problem in problems] if options.quick else problems
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the peers' own, about torch's newer ways
+        with _measuring():
             results = run_suite(problems, options.peers, options.rounds, options.quick, _progress)
         save(results, options.out)
     print(plain(results))
     if options.write_docs:
         page = merged(load(RESULTS), results, list(PROBLEMS)) if RESULTS.exists() else results
-        save(page, RESULTS)
-        write_atomically(PAGE, markdown(page))
-    records = [record for problem in results["problems"] for record in problem["records"]]
-    return int(any(r["peer"].startswith("ours/") and r["refused"] for r in records))
+        _write(page)
+    return int(any(record.failed and _is_ours(record) for record in _records(results)))
 
 
-def _methods(options: argparse.Namespace) -> int:
-    """Measures every method shared with torchdiffeq."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        results = methods.run(options.rounds, options.quick, _progress)
+@dataclass(frozen=True)
+class Special:
+    """Something that is measured by itself.
+
+    Attributes:
+        run: Measures it, given the rounds, whether to be quick, and whom to tell the progress.
+        plain: Its tables for the terminal.
+        write: Writes its results, page and figures.
+    """
+
+    run: Callable[[int | None, bool, Callable[[str], None]], dict[str, Any]]
+    plain: Callable[[dict[str, Any]], str]
+    write: Callable[[dict[str, Any]], None]
+
+
+def _special(special: Special, options: argparse.Namespace) -> int:
+    """Measures it, prints it, and writes it if asked to; fails where one of ours does."""
+    with _measuring():
+        results = special.run(options.rounds, options.quick, _progress)
     save(results, options.out)
-    print(plain_methods(results))
+    print(special.plain(results))
     if options.write_docs:
-        page = {**load(RESULTS), "methods": results}
-        save(page, RESULTS)
-        write_atomically(PAGE, markdown(page))
-    return int(any(records[0]["refused"] for records in results["methods"].values()))
+        special.write(results)
+    return int(any(record.failed and _is_ours(record) for record in _records(results)))
+
+
+def _is_ours(record: Record) -> bool:
+    return record.peer.startswith("ours/")
+
+
+def _records(found: Any) -> Iterator[Record]:
+    """All records within results."""
+    if isinstance(found, dict) and "refused" in found:
+        known = {each.name for each in fields(Record)}
+        yield Record(**{name: value for name, value in found.items() if name in known})
+    elif isinstance(found, dict | list):
+        for each in found.values() if isinstance(found, dict) else found:
+            yield from _records(each)
+
+
+def _write_methods(results: dict[str, Any]) -> None:
+    _write({**load(RESULTS), "methods": results})
+
+
+def _write_floor(results: dict[str, Any]) -> None:
+    save(results, FLOOR)
+    write_atomically(FLOOR_PAGE, floor_page.markdown(results))
+
+
+def _write_scaling(results: dict[str, Any]) -> None:
+    save(results, SCALING)
+    write_atomically(SCALING_PAGE, scaling_page.markdown(results))
+    for place, image in scaling_page.images(results).items():
+        write_atomically(SCALING_PAGE.parent / place, image.decode())
+
+
+def _write(results: dict[str, Any]) -> None:
+    """Writes results, page and figures."""
+    save(results, RESULTS)
+    write_atomically(PAGE, markdown(results))
+    for problem in results["problems"]:
+        image = figures.costs(problem["name"], records_of(problem))
+        write_atomically(PAGE.parent / figure(problem), image.decode())
+
+
+SPECIAL = {
+    "methods": Special(methods.run, plain_methods, _write_methods),
+    "scaling": Special(scaling.run, scaling_page.plain, _write_scaling),
+    "floor": Special(floor.run, floor_page.plain, _write_floor),
+}
+
+
+@contextmanager
+def _measuring() -> Iterator[None]:
+    """Without the warnings of peers about torch's newer ways, and with nothing compiled before."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as cache:
+        warnings.simplefilter("ignore")
+        os.environ[name] = cache
+        try:
+            yield
+        finally:
+            del os.environ[name]
+            if before is not None:
+                os.environ[name] = before
 
 
 def _progress(text: str) -> None:
@@ -88,7 +170,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="problem",
         type=_problem,
-        help=f"of {', '.join(PROBLEMS)}; default all; or methods: all shared with torchdiffeq",
+        help=f"of {', '.join(PROBLEMS)}; default all. By themselves: methods, all of them shared "
+        "with torchdiffeq; scaling, how cost grows; floor, what a gradient must cost",
     )
     add(
         "--peers",
@@ -122,13 +205,13 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--write-docs",
         action="store_true",
-        help=f"write {RESULTS.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}",
+        help="write the results, and their page and figures in docs",
     )
     return parser
 
 
 def _problem(name: str) -> str:
-    if name not in (*PROBLEMS, "methods"):
+    if name not in (*PROBLEMS, *SPECIAL):
         raise argparse.ArgumentTypeError(f"no problem {name!r}; there are {', '.join(PROBLEMS)}")
     return name
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import Bound, Peer
-from benchmarks.problems import Instance, Problem
-from symplectic_adjoint.memory import peak_memory
+from benchmarks.problems import Problem
 
 SLOW = 30.0
 """Seconds; a peer whose warm-up takes longer is timed in the first round only."""
@@ -34,13 +33,14 @@ class Record:
         forward: Network evaluations of the forward solve.
         backward: Network evaluations of the backward pass.
         products: Vector-Jacobian products of the backward pass.
-        peak: Peak live bytes of one forward and backward.
+        peak: Peak live bytes of one forward and backward; for JAX what XLA has laid out.
         resident: Growth of the process's peak resident bytes over the same, in a process of its
             own.
         error: Relative L2 error of the float32 gradient against ``reference``.
         error_float64: The same error when the peer runs in float64.
         error_ode: Relative L2 error of the float32 gradient against that of the ODE itself.
         reference: What the errors are measured against.
+        first: Seconds of the first run, which compiles; None for what is not compiled.
         seconds: Times of the rounds.
     """
 
@@ -57,6 +57,7 @@ class Record:
     error_float64: float | None = None
     error_ode: float | None = None
     reference: str | None = None
+    first: float | None = None
     seconds: list[float | None] = field(default_factory=list)
 
     @property
@@ -65,22 +66,39 @@ class Record:
         times = [s for s in self.seconds if s is not None]
         return median(times) if times else None
 
+    @property
+    def step(self) -> float | None:
+        """Median seconds of one forward and backward for each accepted step."""
+        return None if self.time is None or not self.steps else self.time / self.steps
+
+    @property
+    def compile(self) -> float | None:
+        """Seconds by which the first run was longer than the others."""
+        if self.first is None or self.time is None:
+            return None
+        return max(0.0, self.first - self.time)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it raised, other than a peer that does not take part."""
+        return self.refused is not None and self.refused.startswith("fails")
+
+    @property
+    def other_method(self) -> bool:
+        """Whether its steps are those of another method than the problem states."""
+        return self.remark is not None and self.remark.startswith("another method")
+
     def as_json(self) -> dict[str, Any]:
         """The record as plain data."""
         return asdict(self)
 
 
-def run(instance: Instance, forward: Callable[[], Tensor]) -> None:
-    """One forward and backward; gradients are left in the parameters."""
-    torch.autograd.backward(instance.loss(forward()))
-
-
-def gradient(instance: Instance, forward: Callable[[], Tensor]) -> Tensor:
+def gradient(bound: Bound) -> Tensor:
     """The parameter gradient of one run as a float64 vector."""
-    instance.clear()
-    run(instance, forward)
-    result = instance.gradient()
-    instance.clear()
+    bound.clear()
+    bound.run()
+    result = bound.gradient()
+    bound.clear()
     return result
 
 
@@ -89,78 +107,79 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value - truth).norm() / truth.norm())
 
 
-def examine(peer: Peer, problem: Problem, ode_gradient: Tensor) -> Record:
-    """All that one peer shows outside the timed rounds."""
+def examine(peer: Peer, problem: Problem, bound: Bound, ode_gradient: Tensor) -> Record:
+    """All that one peer shows outside the timed rounds.
+
+    Args:
+        peer: Who is examined.
+        problem: What it solves.
+        bound: The peer bound as it will be timed; has not run yet.
+        ode_gradient: The gradient of the differential equation.
+    """
     record = Record(peer.name, remark=peer.remark(problem), reference=peer.reference_note)
-    value, grid = _count(peer, problem, record)
+    if peer.compiled:
+        record.first = _timed(bound)
+    value, grid = count(peer, problem, record)
+    if peer.compiled:
+        value = bound.gradient()
     record.error_ode = relative_error(value, ode_gradient)
     record.error = _against_reference(peer, problem, value, grid)
-    value, grid = _float64(peer, problem)
-    record.error_float64 = _against_reference(peer, problem, value, grid)
-    record.peak = _peak(peer, problem)
+    if peer.doubled:
+        value, grid = _float64(peer, problem)
+        record.error_float64 = _against_reference(peer, problem, value, grid)
+    bound.clear()
+    record.peak = bound.peak()
+    bound.clear()
     return record
 
 
-def _count(peer: Peer, problem: Problem, record: Record) -> tuple[Tensor, Tensor | None]:
+def count(peer: Peer, problem: Problem, record: Record) -> tuple[Tensor, Tensor | None]:
     """Fills in the counts of a float32 run; gives its gradient and its accepted grid."""
-    instance = problem.instance(counting=True)
-    bound = peer.bind(instance)
-    y1 = bound.forward()
-    record.steps, grid = bound.steps(), bound.grid()
-    record.forward = instance.field.evaluations
-    torch.autograd.backward(instance.loss(y1))
-    record.backward = instance.field.evaluations - record.forward
-    record.products = instance.field.products
-    return instance.gradient(), grid
+    bound = peer.bind(problem.instance(counting=peer.counted))
+    bound.run()
+    record.steps, grid, counts = bound.steps(), bound.grid(), bound.counts()
+    if counts is not None:
+        record.forward, record.backward, record.products = counts
+    return bound.gradient(), grid
 
 
 def _float64(peer: Peer, problem: Problem) -> tuple[Tensor, Tensor | None]:
     """Gradient and accepted grid of the peer's own run in float64."""
-    instance = problem.instance(torch.float64, counting=True)
-    bound = peer.bind(instance)
-    y1 = bound.forward()
-    grid = bound.grid()
-    torch.autograd.backward(instance.loss(y1))
-    return instance.gradient(), grid
+    bound = peer.bind(problem.instance(torch.float64, counting=peer.counted))
+    bound.run()
+    return bound.gradient(), bound.grid()
 
 
 def _against_reference(
     peer: Peer, problem: Problem, value: Tensor, grid: Tensor | None
 ) -> float | None:
-    instance = problem.instance(torch.float64)
-    forward = peer.reference(instance, grid)
-    return None if forward is None else relative_error(value, gradient(instance, forward))
+    reference = peer.reference(problem.instance(torch.float64), grid)
+    return None if reference is None else relative_error(value, gradient(reference))
 
 
-def _peak(peer: Peer, problem: Problem) -> int:
-    instance = problem.instance()
-    bound = peer.bind(instance)
-    return peak_memory(lambda: run(instance, bound.forward))
-
-
-def resident_growth(peer: Peer, problem: Problem) -> int | None:
+def resident_growth(peer: str, problem: Problem) -> int | None:
     """By how much one run raises the peak resident bytes of a process, None off Linux."""
-    command = [sys.executable, "-m", "benchmarks.resident", problem.name, peer.name]
+    command = [sys.executable, "-m", "benchmarks.resident", problem.name, peer]
     answer = subprocess.run(command, check=False, capture_output=True, text=True)
     return int(answer.stdout) if answer.returncode == 0 else None
 
 
 def interleave(
-    bounds: Mapping[str, tuple[Instance, Bound]], rounds: int, report: Callable[[str], None]
+    bounds: Mapping[str, Bound], rounds: int, report: Callable[[str], None]
 ) -> dict[str, list[float | None]]:
-    """Times one forward and backward of every peer, round by round.
+    """Times one solve, loss and gradient of every peer, round by round.
 
     Each round begins one peer further, so that no peer always runs after the same one.
 
     Args:
-        bounds: Instance and bound solver by peer.
+        bounds: Bound solver by peer.
         rounds: Timed rounds, after one warm-up of each peer.
         report: Told the progress.
 
     Returns:
         Seconds by peer and round; None in the rounds that a slow peer sat out.
     """
-    warm = {name: _timed(*bound) for name, bound in bounds.items()}
+    warm = {name: _timed(bound) for name, bound in bounds.items()}
     names = list(bounds)
     seconds: dict[str, list[float | None]] = {name: [] for name in names}
     for index in range(rounds):
@@ -168,20 +187,41 @@ def interleave(
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
             out = warm[name] > SLOW and index > 0
-            seconds[name].append(None if out else _timed(*bounds[name]))
+            seconds[name].append(None if out else _timed(bounds[name]))
     return seconds
 
 
-def _timed(instance: Instance, bound: Bound) -> float:
-    instance.clear()
+def _timed(bound: Bound) -> float:
+    bound.clear()
     gc.collect()
     start = time.perf_counter()
-    run(instance, bound.forward)
+    bound.run()
     return time.perf_counter() - start
+
+
+def split(bound: Bound) -> tuple[float, float] | None:
+    """Seconds of the forward and of the backward pass; None where they are one program."""
+    if bound.forward is None:
+        return None
+    bound.clear()
+    gc.collect()
+    start = time.perf_counter()
+    value = bound.forward().square().mean()
+    between = time.perf_counter()
+    torch.autograd.backward(value)
+    return between - start, time.perf_counter() - between
 
 
 def time_ratio(record: Record, baseline: Record) -> float | None:
     """Median over the rounds of the peer's time divided by the baseline's in the same round."""
-    pairs = zip(record.seconds, baseline.seconds, strict=True)
+    pairs = zip(record.seconds, baseline.seconds, strict=False)
     ratios = [mine / theirs for mine, theirs in pairs if mine is not None and theirs is not None]
     return median(ratios) if ratios else None
+
+
+def step_ratio(record: Record, baseline: Record) -> float | None:
+    """The time ratio for each accepted step, as peers choose different steps."""
+    paired = time_ratio(record, baseline)
+    if paired is None or not record.steps or not baseline.steps:
+        return None
+    return paired * baseline.steps / record.steps

@@ -103,7 +103,9 @@ def _solution_error(peer: Peer, each: Problem) -> float | None:
         return None
     instance = each.instance(torch.float64)
     with torch.no_grad():
-        final = peer.bind(instance).forward()
+        forward = peer.bind(instance).forward
+        assert forward is not None
+        final = forward()
         return relative_error(final, _exact(each.t1))
 
 

@@ -10,7 +10,6 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.measure import run
 from benchmarks.peers import PEERS
 from benchmarks.problems import PROBLEMS, quick
 
@@ -28,8 +27,7 @@ def main(problem_name: str, peer_name: str) -> int:
     problem, peer = PROBLEMS[problem_name], PEERS[peer_name]
     for size in (quick(problem), problem):
         before = peak_resident()
-        instance = size.instance()
-        run(instance, peer.bind(instance).forward)
+        peer.bind(size.instance()).run()
     return peak_resident() - before
 
 

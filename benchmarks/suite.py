@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 import symplectic_adjoint as sa
-from benchmarks.measure import Record, examine, gradient, interleave, resident_growth
-from benchmarks.peers import Peer
+from benchmarks.measure import Record, examine, interleave, resident_growth
+from benchmarks.peers import Bound, Peer
 from benchmarks.problems import Problem
+from symplectic_adjoint._errors import CompilationError
 
 Report = Callable[[str], None]
 
@@ -47,7 +49,7 @@ def run_suite(
         "problems": [
             {
                 "name": problem.name,
-                "title": describe(problem),
+                "title": problem.describe(),
                 "rounds": rounds or problem.rounds,
                 "when": datetime.date.today().isoformat(),
                 "machine": machine(peers),
@@ -71,56 +73,62 @@ def measure(
     problem: Problem, peers: Sequence[Peer], rounds: int, quick: bool, report: Report
 ) -> list[Record]:
     """The records of all peers on one problem; who cannot run it has the reason in its record."""
-    truth = ode_gradient(problem)
-    records = {peer.name: Record(peer.name, refused=peer.refuses(problem)) for peer in peers}
-    able = [peer for peer in peers if records[peer.name].refused is None]
-    for peer in able:
-        report(f"{problem.name}: {peer.name}")
-        try:
-            records[peer.name] = examine(peer, problem, truth)
-        except Exception as error:  # a peer's defect is a finding, not the end of the run
-            reason = " ".join(str(error).split())
-            records[peer.name].refused = f"fails: {type(error).__name__}: {reason}"
-    able = [peer for peer in able if records[peer.name].refused is None]
+    records, bounds = prepare(problem, peers, report)
     if problem.steps is not None and not quick:
-        for peer in able:
-            report(f"{problem.name}: {peer.name}, resident memory")
-            records[peer.name].resident = resident_growth(peer, problem)
-    bounds = {}
-    for peer in able:
-        instance = problem.instance()
-        bounds[peer.name] = (instance, peer.bind(instance))
+        for name in bounds:
+            report(f"{problem.name}: {name}, resident memory")
+            records[name].resident = resident_growth(name, problem)
     times = interleave(bounds, rounds, lambda text: report(f"{problem.name}: {text}"))
     for name, seconds in times.items():
         records[name].seconds = seconds
     return list(records.values())
 
 
+def prepare(
+    problem: Problem, peers: Sequence[Peer], report: Report
+) -> tuple[dict[str, Record], dict[str, Bound]]:
+    """All but the times: a record for each peer, and a bound solver for each that can be timed."""
+    truth = ode_gradient(problem)
+    records = {peer.name: Record(peer.name, refused=peer.refuses(problem)) for peer in peers}
+    bounds: dict[str, Bound] = {}
+    for peer in peers:
+        if records[peer.name].refused is None:
+            report(f"{problem.name}: {peer.name}")
+            try:
+                bound = peer.bind(problem.instance())
+                records[peer.name] = examine(peer, problem, bound, truth)
+                bounds[peer.name] = bound
+            except Exception as error:  # a peer's defect is a finding, not the end of the run
+                records[peer.name].refused = failure(error)
+    return records, bounds
+
+
+def failure(error: Exception) -> str:
+    """Why a peer has no figures: what cannot be compiled is no failure, all else is."""
+    if isinstance(error, CompilationError):
+        return f"cannot be compiled: {brief(error)}"
+    return f"fails: {type(error).__name__}: {brief(error)}"
+
+
+def brief(error: Exception) -> str:
+    """The first sentence or so of a message, in one line."""
+    return textwrap.shorten(str(error), 200, placeholder=" ...")
+
+
 def ode_gradient(problem: Problem) -> Tensor:
-    """The gradient of the ODE itself, near enough: float64, dopri5, rtol 1e-11, autograd."""
+    """The gradient of the ODE itself, near enough: float64, dopri8, rtol 1e-11, autograd."""
     instance = problem.instance(torch.float64)
-    t = torch.tensor([0.0, problem.t1], dtype=torch.float64)
-
-    def forward() -> Tensor:
-        solution = sa.solve(
-            instance.field, instance.y0, t, rtol=1e-11, atol=1e-13, gradient="backprop"
-        )
-        final: Tensor = solution.y[-1]
-        return final
-
-    return gradient(instance, forward)
-
-
-def describe(problem: Problem) -> str:
-    """The problem in one line."""
-    sizes = "-".join(map(str, problem.sizes))
-    how = (
-        f"{problem.method}, rtol {problem.rtol:g}, atol {problem.atol:g}"
-        if problem.steps is None
-        else f"{problem.steps} fixed steps of {problem.method}"
+    solution = sa.solve(
+        instance.field,
+        instance.y0,
+        instance.times,
+        method="dopri8",
+        rtol=1e-11,
+        atol=1e-13,
+        gradient="backprop",
     )
-    size = f"batch {problem.batch}, {sizes} tanh, T = {problem.t1:g}"
-    return f"{problem.summary}; {size}, {how}, float32"
+    torch.autograd.backward(instance.loss(solution.y[1:]))
+    return instance.gradient()
 
 
 def machine(peers: Iterable[Peer]) -> dict[str, Any]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Record, time_ratio
+from benchmarks.measure import Record, step_ratio, time_ratio
 from benchmarks.peers import BASELINE
-from benchmarks.targets import outcomes, ratio
+from benchmarks.targets import LOOP, Outcome, outcomes, ratio
+from benchmarks.text import conditions, markdown_table, number, plain_table, seconds, size
+
+MISSED = Path(__file__).parent / "missed"
+"""Texts on missed targets, one a problem: ``NAME.md``."""
 
 _HEAD = (
     "peer",
     "time",
-    "time ratio",
-    "paired ratio",
+    "ratio",
+    "a step",
+    "ratio",
     "peak",
     "peak ratio",
     "resident",
@@ -23,6 +28,7 @@ _HEAD = (
     "error",
     "in float64",
     "to the ODE",
+    "compile",
 )
 _METHODS_HEAD = (
     "method",
@@ -43,34 +49,36 @@ _METHODS_HEAD = (
     "backprop's",
     "adjoint's",
 )
-_TARGET_HEAD = ("problem", "ratio of", "peer", "target", "figure", "verdict")
+_TARGET_HEAD = ("problem", "target", "of", "at most", "figure", "verdict", "ours", "theirs")
 
 
 def plain(results: dict[str, Any]) -> str:
     """All tables for the terminal."""
     parts = ["Quick run on small problems."] if results["quick"] else []
     for problem in results["problems"]:
-        records = _records(problem)
+        records = records_of(problem)
         parts.append(f"{problem['name']}: {problem['title']} ({problem['rounds']} rounds)")
-        parts.append(_conditions(problem))
-        parts.append(_plain_table(_HEAD, _rows(records)))
+        parts.append(conditions(problem))
+        parts.append(plain_table(_HEAD, _rows(records)))
         parts += [f"  {note}" for note in _notes(records)]
     if not results["quick"]:  # the targets are about the full problems
-        parts.append(_plain_table(_TARGET_HEAD, _target_rows(results)))
+        parts.append(plain_table(_TARGET_HEAD, _target_rows(results)))
     return "\n\n".join(parts)
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The page of the documentation."""
-    parts = [_INTRODUCTION, "## Targets", _markdown_table(_TARGET_HEAD, _target_rows(results))]
+    parts = [_INTRODUCTION, "## Targets", markdown_table(_TARGET_HEAD, _target_rows(results))]
+    parts += missed(results)
     for problem in results["problems"]:
-        records = _records(problem)
+        records = records_of(problem)
         parts.append(f"## {problem['name']}")
         parts.append(
             f"{problem['title'][0].upper()}{problem['title'][1:]}; {problem['rounds']} rounds."
         )
-        parts.append(_conditions(problem))
-        parts.append(_markdown_table(_HEAD, _rows(records)))
+        parts.append(conditions(problem))
+        parts.append(f"![Time and memory of each peer on {problem['name']}]({figure(problem)})")
+        parts.append(markdown_table(_HEAD, _rows(records)))
         parts.append("\n".join(f"- {note}" for note in _notes(records)))
     if "methods" in results:
         parts.append(_methods_section(results["methods"]))
@@ -78,10 +86,15 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def figure(problem: dict[str, Any]) -> str:
+    """Where the figure of a problem is, from the folder of the page."""
+    return f"assets/benchmarks/{problem['name']}.svg"
+
+
 def plain_methods(results: dict[str, Any]) -> str:
     """The table of methods for the terminal."""
-    table = _plain_table(_METHODS_HEAD, _method_rows(results))
-    return "\n\n".join([_conditions(results), f"{results['title']}.", table])
+    table = plain_table(_METHODS_HEAD, _method_rows(results))
+    return "\n\n".join([conditions(results), f"{results['title']}.", table])
 
 
 def _methods_section(results: dict[str, Any]) -> str:
@@ -90,9 +103,9 @@ def _methods_section(results: dict[str, Any]) -> str:
         for name, chosen in results["options"].items()
     )
     told = f"{results['title'][0].upper()}{results['title'][1:]}; {results['rounds']} rounds."
-    table = _markdown_table(_METHODS_HEAD, _method_rows(results))
+    table = markdown_table(_METHODS_HEAD, _method_rows(results))
     return "\n\n".join(
-        [_METHODS, f"{told} {options[0].upper()}{options[1:]}.", _conditions(results), table]
+        [_METHODS, f"{told} {options[0].upper()}{options[1:]}.", conditions(results), table]
     )
 
 
@@ -101,20 +114,20 @@ def _method_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _method_row(name: str, found: list[dict[str, Any]]) -> tuple[str, ...]:
-    solution = [_number(record["error_solution"], ".1e") for record in found[:2]]
+    solution = [number(record["error_solution"], ".1e") for record in found[:2]]
     records = [
         Record(**{k: x for k, x in record.items() if k != "error_solution"}) for record in found
     ]
     ours, backprop, adjoint, plain = records
     return (
         name,
-        *(_number(r.steps, "d") for r in (ours, backprop)),
-        *(_number(_per_step(r, ours), ".3f") for r in records[:3]),
-        *(_number(_paired_per_step(ours, r), ".2f") for r in (backprop, adjoint)),
-        _number(_paired_per_step(plain, backprop), ".2f"),
+        *(number(r.steps, "d") for r in (ours, backprop)),
+        *(number(_per_step(r, ours), ".3f") for r in records[:3]),
+        *(number(step_ratio(ours, r), ".2f") for r in (backprop, adjoint)),
+        number(step_ratio(plain, backprop), ".2f"),
         *(f"{r.forward} + {r.backward}" for r in records[:3]),
         *solution,
-        *(_number(r.error_ode, ".1e") for r in records[:3]),
+        *(number(r.error_ode, ".1e") for r in records[:3]),
     )
 
 
@@ -124,14 +137,8 @@ def _per_step(record: Record, ours: Record) -> float | None:
     return None if record.time is None or not steps else 1000 * record.time / steps
 
 
-def _paired_per_step(ours: Record, other: Record) -> float | None:
-    paired = time_ratio(ours, other) if other.seconds else None
-    if paired is None or not ours.steps or not other.steps:
-        return None
-    return paired * other.steps / ours.steps
-
-
-def _records(problem: dict[str, Any]) -> dict[str, Record]:
+def records_of(problem: dict[str, Any]) -> dict[str, Record]:
+    """The records of a problem by peer."""
     return {record["peer"]: Record(**record) for record in problem["records"]}
 
 
@@ -143,21 +150,22 @@ def _rows(records: dict[str, Record]) -> list[tuple[str, ...]]:
 
 
 def _row(record: Record, baseline: Record) -> tuple[str, ...]:
-    paired = time_ratio(record, baseline) if baseline.seconds else None
     return (
         record.peer,
-        _seconds(record.time),
-        _number(ratio(record.time, baseline.time), ".2f"),
-        _number(paired, ".2f"),
-        _bytes(record.peak),
-        _number(ratio(record.peak, baseline.peak), ".3f"),
-        _bytes(record.resident),
-        _number(record.steps, "d"),
+        seconds(record.time),
+        number(time_ratio(record, baseline), ".2f"),
+        seconds(record.step),
+        number(step_ratio(record, baseline), ".2f"),
+        size(record.peak),
+        number(ratio(record.peak, baseline.peak), ".3f"),
+        size(record.resident),
+        number(record.steps, "d"),
         "-" if record.forward is None else f"{record.forward} + {record.backward}",
-        _number(record.products, "d"),
-        _number(record.error, ".1e"),
-        _number(record.error_float64, ".1e"),
-        _number(record.error_ode, ".1e"),
+        number(record.products, "d"),
+        number(record.error, ".1e"),
+        number(record.error_float64, ".1e"),
+        number(record.error_ode, ".1e"),
+        "-" if record.compile is None else f"{record.compile:.1f} s",
     )
 
 
@@ -167,64 +175,42 @@ def _notes(records: dict[str, Record]) -> list[str]:
 
 
 def _target_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [_target_row(outcome) for outcome in _outcomes(results)]
+
+
+def _outcomes(results: dict[str, Any]) -> list[Outcome]:
     return [
-        (
-            problem["name"],
-            outcome.target.quantity,
-            outcome.target.peer,
-            f"<= {outcome.target.bound:g}",
-            _number(outcome.figure, ".3f"),
-            outcome.verdict,
-        )
+        outcome
         for problem in results["problems"]
-        for outcome in outcomes(problem["name"], _records(problem))
+        for outcome in outcomes(problem["name"], records_of(problem))
     ]
 
 
-def _conditions(problem: dict[str, Any]) -> str:
-    machine = problem["machine"]
-    found = {name: version for name, version in machine["packages"].items() if version}
-    parts = [
-        machine["processor"],
-        f"{machine['cores']} cores",
-        f"threads of torch: {machine['threads']}",
-        f"Python {machine['python']}",
-        *(f"{name} {version}" for name, version in found.items()),
-        problem["when"],
+def missed(results: dict[str, Any]) -> list[str]:
+    """What is written of the problems with a missed target: why, and what was tried."""
+    names = {o.target.problem for o in _outcomes(results) if o.verdict.startswith("missed")}
+    files = [MISSED / f"{problem['name']}.md" for problem in results["problems"]]
+    return [
+        file.read_text(encoding="utf-8").strip()
+        for file in files
+        if file.stem in names and file.exists()
     ]
-    return ", ".join(part for part in parts if part) + "."
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.2f} s"
-
-
-def _bytes(value: int | None) -> str:
-    if value is None:
-        return "-"
-    if value < 1e3:
-        return f"{value} B"
-    return f"{value / 1e3:.0f} kB" if value < 1e6 else f"{value / 1e6:.1f} MB"
-
-
-def _plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = []
-    for row in (head, *rows):
-        first, *others = (f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join([f"{first.strip():<{widths[0]}}", *others]))
-    return "\n".join(lines)
-
-
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = [":--", *["--:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
+def _target_row(outcome: Outcome) -> tuple[str, ...]:
+    target = outcome.target
+    loop = ", loop tier" * (target.ours == LOOP)
+    memory = "" if target.peak is None else f", at {target.peak:g} of backpropagation's peak"
+    return (
+        target.problem,
+        f"time a step{loop}{memory}" + ", stretch" * target.stretch,
+        target.rival,
+        f"{target.bound:g}",
+        number(outcome.figure, ".2f"),
+        outcome.verdict,
+        outcome.ours or "-",
+        outcome.rival or "-",
+    )
 
 
 _INTRODUCTION = """\
@@ -232,9 +218,12 @@ _INTRODUCTION = """\
 
 # Benchmarks
 
-This library under each of its gradient strategies, and the packages that do the same job, on three
-problems: one bound by overhead, one by arithmetic, one by memory. Every figure on this page was
-printed by
+This library under each of its gradient strategies and in each tier of execution, and the packages
+that do the same job, on problems bound by overhead, by arithmetic and by memory. An entry
+`ours/STRATEGY` runs eagerly, `ours/STRATEGY/step` compiles a step and its transpose,
+`ours/STRATEGY/loop` the whole solve and the whole sweep. `jax/minimal` is a symplectic adjoint of
+some two hundred lines in this repository, without output times, events or checks: the limit to
+compare with. Every figure on this page was printed by
 
 ```
 python -m benchmarks --write-docs
@@ -258,26 +247,35 @@ on fixed grids. Printed by `python -m benchmarks methods --write-docs`."""
 _METHOD = f"""\
 ## How it is measured
 
-**Time** is that of one forward solve, loss (mean square of the final state) and backward pass: the
-median of rounds in which all peers of a table run one after the other in one process, each round
-beginning one peer further. **Time ratio** divides it by the median of {BASELINE}; **paired ratio**
-is the median of the ratios within the rounds, which slow changes of the machine do not touch.
+**Time** is that of one forward solve, loss (mean square of the states at the output times, which is
+the final one where nothing else is said) and backward pass: the median of rounds in which all peers
+of a table run one after the other in one process, each round beginning one peer further. The
+**ratio** beside it is the median of the ratios to {BASELINE} within the rounds, which slow changes
+of the machine do not touch. **A step** is the time divided by the accepted steps, with its ratio:
+peers choose different steps at the same tolerance. **Compile** is by how much the first run of what
+is compiled took longer than later ones, with empty caches. It counts in no other column.
 
 **Peak** is the largest number of bytes that tensors held at one time during forward and backward,
 above what was live before: the allocator's own events, read by `symplectic_adjoint.peak_memory`.
-Gradients count; parameters and initial states, live before, do not. **Resident** is by how much
+Gradients count; parameters and initial states, live before, do not. JAX does not tell its
+allocations: there the figure is what XLA has laid out for the compiled program (its memory
+analysis: arguments, results and all temporary buffers), with room for 4096 steps in diffrax and for
+the next power of two above the steps taken in jax/minimal. **Resident** is by how much
 forward and backward raised the peak resident memory of a fresh process.
 
 **Evaluations** are calls of the network in the forward + backward pass, and **products**
-vector-Jacobian products through it, both counted by the network itself. Rejected steps and the
+vector-Jacobian products through it, both counted by the network itself (of compiled entries of this
+library, by the solver; of torchode/compiled, by the same solver uncompiled). Rejected steps and the
 choice of the first step are included.
 
 **Error** is the relative L2 error of the float32 gradient of all parameters against the exact
 gradient of the computed solution. For this library the exact gradient is plain autograd in float64
-over the very steps that were accepted. For zuko it is the same with its own step function.
+over the very steps that were accepted, and so it is for diffrax/recursive and jax/minimal, whose
+methods have the same coefficients; with many output times diffrax's interpolation is another one,
+and there is no such reference. For zuko it is the same with its own step function.
 torchdiffeq, torchode and TorchDiffEqPack do not take a list of steps: their reference is autograd
 through their own solver in float64, which may choose other steps, so that their column holds the
 difference of the steps as well. **In float64** is the same error when the solve itself runs in
 float64: where a method is exact, only rounding is left. **To the ODE** is the error of the float32
-gradient against the gradient of the differential equation (float64, dopri5, rtol 1e-11): it holds
+gradient against the gradient of the differential equation (float64, dopri8, rtol 1e-11): it holds
 the error of the discretisation, which no way of differentiating can avoid, and all others."""

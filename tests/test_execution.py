@@ -1,58 +1,472 @@
-"""Compiled tiers give what the eager one gives: values, gradients, steps, counts and errors."""
+"""Compiled tiers give what the eager one gives: values, gradients, steps, counts and errors.
+
+Most tests share one function, one shape and one method, so that they share what was compiled.
+"""
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import symplectic_adjoint as sa
+from symplectic_adjoint.gradients import Strategy
 from tests import problems
 
-BOUND = 1e-12
+OPTIONS: dict[str, Any] = {"method": "bosh3", "rtol": 1e-4, "atol": 1e-6}
+TIERS = ["step", "loop"]
 
 
-def net(dim: int = 3, **options: Any) -> problems.Net:
-    return problems.Net(dim=dim, **options)
+def net() -> problems.Net:
+    return problems.Net(dim=3, hidden=5)
 
 
-def state(batch: int = 4, dim: int = 3, seed: int = 1) -> Tensor:
+def state(batch: int = 4, seed: int = 1) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, dim, generator=draw, dtype=torch.float64)
+    return torch.randn(batch, 3, generator=draw, dtype=torch.float64)
 
 
 def gradients(
-    execution: str, func: Any, y0: Tensor, t: Any, **options: Any
+    execution: str, func: Any, y0: Any, t: Any, **options: Any
 ) -> tuple[sa.Solution, list[Tensor]]:
     """A solve, and the gradients of a fixed functional of its outputs."""
     parameters = list(func.parameters()) if isinstance(func, nn.Module) else []
     y0 = y0.clone().requires_grad_()
-    solution = sa.solve(func, y0, t, execution=execution, **options)
+    solution = sa.solve(func, y0, t, execution=execution, **{**OPTIONS, **options})
     draw = torch.Generator().manual_seed(2)
     weights = torch.randn(solution.y.shape, generator=draw, dtype=torch.float64)
-    grads = torch.autograd.grad((solution.y * weights.to(y0.dtype)).sum(), [y0, *parameters])
+    inputs = [x for x in (y0, *parameters, t) if isinstance(x, Tensor) and x.requires_grad]
+    grads = torch.autograd.grad((solution.y * weights).sum(), inputs)
     return solution, list(grads)
 
 
-def check(func: Any, y0: Tensor, t: Any, execution: str = "loop", **options: Any) -> sa.Solution:
-    """Compare a compiled tier with the eager one; returns the compiled solution."""
+def check(execution: str, func: Any, y0: Tensor, t: Any, **options: Any) -> sa.Solution:
+    """Compare a compiled tier with the eager one; returns the compiled solution.
+
+    Steps are chosen from estimated errors, which amplify rounding; so steps agree to 1e-9 and all
+    that follows from them.
+    """
     compiled, grads = gradients(execution, func, y0, t, **options)
     eager, wanted = gradients("eager", func, y0, t, **options)
     assert len(compiled.steps) == len(eager.steps)
     torch.testing.assert_close(compiled.steps, eager.steps, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(compiled.y, eager.y, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(compiled.y, eager.y, rtol=1e-9, atol=1e-9)
     assert compiled.stats.accepted == eager.stats.accepted
     assert compiled.stats.rejected == eager.stats.rejected
     for grad, want in zip(grads, wanted, strict=True):
-        assert (grad - want).norm() <= 1e-9 * want.norm()
+        assert (grad - want).norm() <= 1e-8 * want.norm()
     return compiled
 
 
-def test_the_loop_solves_as_the_eager_tier_does_with_the_same_counts() -> None:
+STRATEGIES: list[Strategy] = [
+    sa.Symplectic(),
+    sa.Symplectic(store="steps"),
+    sa.Symplectic(store="graph"),
+    sa.Symplectic(accumulate="float64"),
+    sa.ACA(),
+    sa.Checkpoint(),
+    sa.Backprop(),
+]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
+def test_a_compiled_gradient_is_exact_on_its_own_steps(strategy: Strategy, tier: str) -> None:
     func, y0 = net(), state()
-    compiled, _ = gradients("loop", func, y0, [0.0, 1.5], rtol=1e-6, atol=1e-8)
-    eager, _ = gradients("eager", func, y0, [0.0, 1.5], rtol=1e-6, atol=1e-8)
+    solution, grads = gradients(tier, func, y0, [0.0, 1.5], gradient=strategy)
+    # The steps that were taken, as a grid, under plain autograd.
+    grid = sa.FixedGrid(grid_constructor=lambda f, y, t: solution.steps)
+    replayed, wanted = gradients(
+        "eager", func, y0, [0.0, 1.5], gradient="backprop", controller=grid
+    )
+    torch.testing.assert_close(solution.y, replayed.y, rtol=1e-13, atol=1e-13)
+    for grad, want in zip(grads, wanted, strict=True):
+        assert (grad - want).norm() <= 1e-12 * want.norm()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_compiled_solves_evaluate_func_as_often_as_eager_ones(tier: str) -> None:
+    func, y0 = net(), state()
+    compiled, _ = gradients(tier, func, y0, [0.0, 1.5])
+    eager, _ = gradients("eager", func, y0, [0.0, 1.5])
     assert compiled.stats == eager.stats
-    check(func, y0, [0.0, 1.5], rtol=1e-6, atol=1e-8)
-    check(func, y0, [1.0, -0.5], rtol=1e-4, atol=1e-8)
+    assert compiled.stats.rejected > 0
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_time_may_decrease(tier: str) -> None:
+    check(tier, net(), state(), [1.0, -0.5])
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_outputs_within_steps_are_interpolated(tier: str) -> None:
+    func, y0 = net(), state()
+    # Two in a step, steps without any, one just before the end.
+    check(tier, func, y0, [0.0, 0.11, 0.12, 0.9, 1.4999, 1.5])
+    check(tier, func, y0, torch.linspace(1.0, -0.5, 201))
+
+
+def test_steps_beyond_a_record_go_on_in_another_one() -> None:
+    func, y0 = net(), state()
+    check("loop", func, y0, [0.0, 1.5])
+    solution = check("loop", func, y0, [0.0, 30.0], rtol=1e-5)
+    assert solution.stats.accepted > 2 * 64
+    assert solution.stats.compile_seconds == 0
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_fixed_grids_are_followed(tier: str) -> None:
+    func, y0 = net(), state()
+    compiled, grads = gradients(tier, func, y0, torch.linspace(0, 2, 70), method="midpoint")
+    eager, wanted = gradients("eager", func, y0, torch.linspace(0, 2, 70), method="midpoint")
+    assert torch.equal(compiled.steps, eager.steps)
+    assert compiled.stats == eager.stats
+    torch.testing.assert_close(compiled.y, eager.y, rtol=1e-13, atol=1e-13)
+    for grad, want in zip(grads, wanted, strict=True):
+        assert (grad - want).norm() <= 1e-12 * want.norm()
+
+
+def test_only_a_change_of_shape_compiles_again_and_a_second_one_does_not() -> None:
+    func = net()
+    controller = sa.Adaptive(max_steps=500, safety=0.8)
+    first = check("loop", func, state(), [0.0, 1.5])
+    again = [
+        check("loop", func, state(seed=5), [0.3, 1.7], rtol=1e-3, atol=1e-5),
+        check("loop", func, state(), [0.0, 1.0], controller=controller),
+        check("loop", net(), state(), [0.0, 1.0], controller=sa.Adaptive.pi(first_step=0.1)),
+    ]
+    with torch.no_grad():
+        func.inner += 0.1
+    again.append(check("loop", func, state(), [0.0, 1.5]))
+    assert [solution.stats.compile_seconds for solution in again] == [0] * 4
+    changed = check("loop", func, state(batch=6), [0.0, 1.5])
+    others = [check("loop", func, state(batch=n), [0.0, 1.5]) for n in (7, 3, 9)]
+    assert changed.stats.compile_seconds > 0
+    assert [solution.stats.compile_seconds for solution in others] == [0] * 3
+    assert first.stats.accepted > 5
+
+
+def test_step_times_may_be_asked_for_in_the_loop() -> None:
+    controller = sa.Adaptive(step_t=[0.4, 1.1])
+    solution = check("loop", net(), state(), [0.0, 1.5], controller=controller)
+    assert {0.4, 1.1} <= set(solution.steps.tolist())
+
+
+def test_functions_made_for_each_call_share_what_was_compiled() -> None:
+    def solve(rate: Tensor) -> sa.Solution:
+        return sa.solve(
+            lambda t, y: -rate * y, torch.ones(2), [0.0, 1.0], execution="loop", **OPTIONS
+        )
+
+    rates = [torch.tensor([x, 2.0], requires_grad=True) for x in (0.5, 1.5)]
+    solutions = [solve(rate) for rate in rates]
+    for rate, solution in zip(rates, solutions, strict=True):
+        solution.y[-1].sum().backward()
+        torch.testing.assert_close(rate.grad, -torch.exp(-rate.detach()), rtol=1e-3, atol=1e-3)
+    assert solutions[0].stats.compile_seconds > 0
+    assert solutions[1].stats.compile_seconds == 0
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_func_may_differentiate_inside_itself(tier: str) -> None:
+    class Hamiltonian(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Parameter(0.5 * torch.randn(6, 4, dtype=torch.float64))
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            with torch.enable_grad():
+                y = y.detach().requires_grad_() if not y.requires_grad else y
+                energy = torch.tanh(y @ self.inner.T).sum()
+                (slope,) = torch.autograd.grad(energy, y, create_graph=True)
+            return torch.cat([slope[:, 2:], -slope[:, :2]], 1)
+
+    torch.manual_seed(0)
+    y0 = torch.randn(3, 4, dtype=torch.float64)
+    check(tier, Hamiltonian(), y0, [0.0, 1.0], method="midpoint", controller=grid(0.1))
+
+
+def grid(step_size: float) -> sa.FixedGrid:
+    return sa.FixedGrid(step_size=step_size)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_state_may_be_a_pytree(tier: str) -> None:
+    func = net()
+
+    def coupled(t: Tensor, y: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"a": func(t, y["a"]) * y["b"], "b": -y["b"] * y["a"].mean()}
+
+    results = []
+    for execution in (tier, "eager"):
+        y0 = {"a": state().requires_grad_(), "b": torch.ones((), dtype=torch.float64)}
+        y = sa.solve(
+            coupled, y0, [0.0, 0.5], method="midpoint", controller=grid(0.1), execution=execution
+        ).y
+        loss = y["a"].square().sum() + y["b"].sum()
+        results.append([y["a"], *torch.autograd.grad(loss, [y0["a"], *func.parameters()])])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() <= 1e-12 * theirs.norm()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_flows_of_several_components_chain(tier: str) -> None:
+    parts = [problems.Net(dim=3, hidden=5, seed=seed) for seed in (0, 1)]
+    grads = []
+    for execution in (tier, "eager"):
+        y = y0 = state().requires_grad_()
+        for part in parts:
+            y = sa.solve(part, y, [0.0, 1.0], execution=execution, **OPTIONS).y[-1]
+        inputs = [y0, *(p for part in parts for p in part.parameters())]
+        grads.append(torch.autograd.grad(y.square().sum(), inputs))
+    for ours, theirs in zip(*grads, strict=True):
+        assert (ours - theirs).norm() <= 1e-8 * theirs.norm()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_autocast_holds_inside_compiled_code(tier: str) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(3, 3)
+    seen = []
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(linear(y))
+
+    for execution in (tier, "eager"):
+        y0 = state().float().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = sa.solve(
+                func, y0, [0.0, 1.0], method="midpoint", controller=grid(0.25), execution=execution
+            ).y[-1]
+        seen.append((y, *torch.autograd.grad(y.sum(), [y0, linear.weight])))
+    exact = sa.solve(func, state().float(), [0.0, 1.0], method="midpoint", controller=grid(0.25)).y[
+        -1
+    ]
+    for ours, theirs in zip(*seen, strict=True):
+        assert (ours - theirs).norm() <= 1e-2 * theirs.norm()
+    # That precision is lost shows that products were taken in bfloat16.
+    assert (seen[0][0] - exact).norm() > 1e-4 * exact.norm()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_errors_are_those_of_the_eager_tier(tier: str) -> None:
+    def blows_up(t: Tensor, y: Tensor) -> Tensor:
+        return y * y
+
+    def solve(execution: str, **options: Any) -> sa.SolveError:
+        with pytest.raises(sa.SolveError) as caught:
+            sa.solve(
+                blows_up,
+                torch.ones(2, dtype=torch.float64),
+                [0.0, 2.0],
+                execution=execution,
+                **{**OPTIONS, **options},
+            )
+        return caught.value
+
+    for options in ({}, {"controller": sa.Adaptive(max_steps=7)}):
+        compiled, eager = solve(tier, **options), solve("eager", **options)
+        assert type(compiled) is type(eager)
+        assert str(compiled)[:13] == str(eager)[:13]
+        assert compiled.solution.status is eager.solution.status
+        # The very last steps before the singularity are a matter of rounding.
+        assert abs(len(compiled.solution.steps) - len(eager.solution.steps)) <= 2
+    grids = {"method": "midpoint", "controller": grid(0.01)}
+    compiled, eager = solve(tier, **grids), solve("eager", **grids)
+    assert type(compiled) is type(eager) is sa.NonFiniteError
+    assert str(compiled) == str(eager)
+
+
+class Counting(nn.Module):
+    """Counts its evaluations, which a compiled loop would not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+        self.count = 0
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        self.count += 1
+        return self.net(t, y)
+
+
+class Buffered(nn.Module):
+    """Writes into a buffer."""
+
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        self.total.add_(1.0)
+        return -y
+
+
+def noisy(t: Tensor, y: Tensor) -> Tensor:
+    return -y + 1e-3 * torch.randn_like(y)
+
+
+def printing(t: Tensor, y: Tensor) -> Tensor:
+    if y.sum().item() > 1e9:
+        raise ValueError
+    return -y
+
+
+@pytest.mark.parametrize(
+    ("func", "reason"),
+    [
+        (Counting, "func assigns to 'count'"),
+        (Buffered, "in place"),
+        (lambda: noisy, "random"),
+        (lambda: printing, "printing|item|Data-dependent|data-dependent"),
+    ],
+    ids=["counter", "buffer", "random", "branch"],
+)
+def test_auto_falls_back_with_one_warning_that_says_why(
+    func: Callable[[], Any], reason: str
+) -> None:
+    y0 = state()
+    made = func()
+    with pytest.raises(sa.CompilationError, match=reason):
+        sa.solve(made, y0, [0.0, 0.3], execution="loop", **OPTIONS)
+    torch.manual_seed(0)
+    with pytest.warns(sa.ExecutionWarning, match=reason):
+        auto = sa.solve(made, y0, [0.0, 0.3], execution="auto", **OPTIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.manual_seed(0)
+        again = sa.solve(func(), y0, [0.0, 0.3], execution="auto", **OPTIONS)
+    assert torch.equal(auto.y, again.y)
+    if isinstance(made, Counting):
+        assert made.count == auto.stats.evaluations
+
+
+def test_what_the_loop_cannot_do_the_step_tier_does() -> None:
+    func, y0 = net(), state()
+
+    def event(t: Tensor, y: Tensor) -> Tensor:
+        return t - 0.77
+
+    t = torch.tensor([0.0, 1.5], dtype=torch.float64)
+    cases: list[dict[str, Any]] = [{"event": event}, {"dense": True}, {"progress": lambda t: None}]
+    for case in cases:
+        with pytest.raises(sa.CompilationError, match="loop"):
+            sa.solve(func, y0, t, execution="loop", **OPTIONS, **case)
+        with pytest.warns(sa.ExecutionWarning, match="loop"):
+            auto, grads = gradients("auto", func, y0, t, **case)
+        eager, wanted = gradients("eager", func, y0, t, **case)
+        torch.testing.assert_close(auto.y, eager.y, rtol=1e-9, atol=1e-9)
+        for grad, want in zip(grads, wanted, strict=True):
+            assert (grad - want).norm() <= 1e-8 * want.norm()
+    at = torch.tensor([0.2, 0.9])
+    with_dense = [
+        sa.solve(func, y0, t, dense=True, execution=execution, **OPTIONS).dense(at)
+        for execution in ("step", "eager")
+    ]
+    torch.testing.assert_close(*with_dense, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_of_times_are_those_of_the_eager_tier() -> None:
+    t = torch.tensor([0.0, 0.7, 1.5], dtype=torch.float64, requires_grad=True)
+    with pytest.raises(sa.CompilationError, match="gradient of t"):
+        sa.solve(net(), state(), t, execution="loop", **OPTIONS)
+    check("step", net(), state(), t)
+
+
+def test_jumps_run_eagerly() -> None:
+    func, y0, options = net(), state(), {**OPTIONS, "controller": sa.Adaptive(jump_t=[0.5])}
+    with pytest.raises(sa.CompilationError, match="jumps"):
+        sa.solve(func, y0, [0.0, 1.0], execution="step", **options)
+    with pytest.warns(sa.ExecutionWarning, match="jumps"):
+        auto = sa.solve(func, y0, [0.0, 1.0], execution="auto", **options)
+    assert torch.equal(auto.y, sa.solve(func, y0, [0.0, 1.0], **options).y)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_second_derivatives_replay_the_compiled_steps(tier: str) -> None:
+    func, curvatures = net(), []
+    for execution in (tier, "eager"):
+        y0 = state().requires_grad_()
+        y = sa.solve(func, y0, [0.0, 1.5], execution=execution, **OPTIONS).y[-1]
+        (slope,) = torch.autograd.grad(y.square().sum(), y0, create_graph=True)
+        curvatures.append(torch.autograd.grad(slope.square().sum(), [y0, *func.parameters()]))
+    for ours, theirs in zip(*curvatures, strict=True):
+        assert (ours - theirs).norm() <= 1e-8 * theirs.norm()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_second_backward_pass_gives_the_same_gradient(tier: str) -> None:
+    func, y0 = net(), state().requires_grad_()
+    y = sa.solve(func, y0, [0.0, 1.5], execution=tier, **OPTIONS).y[-1]
+    first, second = (
+        torch.autograd.grad(y.sum(), [y0, *func.parameters()], retain_graph=True) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_only_listed_tensors_receive_gradients(tier: str) -> None:
+    func, y0 = net(), state().requires_grad_()
+    solution = sa.solve(func, y0, [0.0, 1.5], params=[func.bias], execution=tier, **OPTIONS)
+    solution.y[-1].sum().backward()
+    assert func.bias.grad is not None
+    assert y0.grad is not None
+    assert func.inner.grad is None
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_constant_that_is_changed_in_place_is_noticed(tier: str) -> None:
+    scale, y0 = torch.ones(3, dtype=torch.float64), state().requires_grad_()
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return -scale * y
+
+    options: dict[str, Any] = {"method": "midpoint", "controller": grid(0.25)}
+    y = sa.solve(func, y0, [0.0, 1.0], execution=tier, **options).y[-1]
+    scale.mul_(2.0)
+    with pytest.raises(sa.ChangedTensorError, match="changed in place"):
+        y.sum().backward()
+
+
+def test_odeint_and_modules_pass_the_tier_on() -> None:
+    func, y0 = net(), state()
+    options = {"method": "bosh3", "rtol": 1e-4, "atol": 1e-6}
+    t = torch.tensor([0.0, 1.5])
+    wanted = sa.odeint(func, y0, t, **options)
+    for solve in (sa.odeint, sa.odeint_adjoint):
+        y = solve(func, y0, t, execution="loop", **options)
+        torch.testing.assert_close(y, wanted, rtol=1e-9, atol=1e-9)
+    module = sa.NeuralODE(func, (0.0, 1.5), execution="loop", **options)
+    torch.testing.assert_close(module(y0), wanted[-1], rtol=1e-9, atol=1e-9)
+
+
+def test_an_unknown_tier_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(sa.ArgumentError, match="did you mean 'loop'"):
+        sa.solve(net(), state(), [0.0, 1.0], execution="lop")
+
+
+def test_the_compiler_is_loaded_only_when_it_is_asked_for() -> None:
+    code = (
+        "import sys, torch, symplectic_adjoint as sa\n"
+        "sa.solve(lambda t, y: -y, torch.ones(2), [0.0, 1.0])\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules\n"
+        "assert 'symplectic_adjoint.execution.trace' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_first_step_and_limits_of_steps_hold_in_the_loop() -> None:
+    controller = sa.Adaptive(first_step=0.05, max_step=0.1, min_step=1e-3)
+    solution = check("loop", net(), state(), [0.0, 1.5], controller=controller)
+    sizes = solution.steps.diff()
+    assert math.isclose(float(sizes[0]), 0.05, rel_tol=1e-12)
+    assert float(sizes.max()) <= 0.1 * (1 + 1e-12)

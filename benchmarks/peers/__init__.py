@@ -1,6 +1,8 @@
 """Who is measured: one file a package, each with its adapters."""
 
 from benchmarks.peers import (
+    diffrax_peer,
+    jax_peer,
     ours,
     torchdiffeq_peer,
     torchdiffeqpack_peer,
@@ -9,11 +11,17 @@ from benchmarks.peers import (
 )
 from benchmarks.peers.base import Bound, Peer
 
-PEERS: dict[str, Peer] = {
-    peer.name: peer
-    for module in (torchdiffeq_peer, torchode_peer, torchdiffeqpack_peer, zuko_peer, ours)
-    for peer in module.PEERS
-}
+_MODULES = (
+    torchdiffeq_peer,
+    torchode_peer,
+    torchdiffeqpack_peer,
+    zuko_peer,
+    diffrax_peer,
+    jax_peer,
+    ours,
+)
+
+PEERS: dict[str, Peer] = {peer.name: peer for module in _MODULES for peer in module.PEERS}
 
 BASELINE = "torchdiffeq/backprop"
 """The peer that times and peaks are divided by."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from benchmarks.peers.base import Bound, Peer
+from benchmarks.peers.base import Bound, Peer, attached
 from benchmarks.problems import Instance, Problem
 
 
@@ -32,7 +30,7 @@ class Torchdiffeq(Peer):
 
         problem, field, y0 = instance.problem, instance.field, instance.y0
         odeint = torchdiffeq.odeint_adjoint if self.adjoint else torchdiffeq.odeint
-        t = torch.tensor([0.0, problem.t1], dtype=y0.dtype)
+        t = instance.times
         accepted: list[float] = []
         if problem.steps is None and field.counting:  # the callback costs time, and only counts
             counted: Any = field
@@ -49,12 +47,12 @@ class Torchdiffeq(Peer):
                 method=problem.method,
                 options=_options(problem),
             )
-            return solution[-1]
+            return solution[1:]
 
-        return Bound(forward, steps=lambda: problem.steps or len(accepted) or None)
+        return attached(instance, forward, steps=lambda: problem.steps or len(accepted) or None)
 
-    def reference(self, instance: Instance, grid: Tensor | None) -> Callable[[], Tensor]:
-        return Torchdiffeq(adjoint=False).bind(instance).forward
+    def reference(self, instance: Instance, grid: Tensor | None) -> Bound:
+        return Torchdiffeq(adjoint=False).bind(instance)
 
 
 PEERS = (Torchdiffeq(adjoint=False), Torchdiffeq(adjoint=True))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from benchmarks.peers.base import Bound, Peer, second_order_remark
+from benchmarks.peers.base import Bound, Peer, attached, final_alone, second_order_remark
 from benchmarks.problems import Instance, Problem, loosened
 
 
@@ -20,6 +19,11 @@ class TorchDiffEqPack(Peer):
     def __init__(self, strategy: str) -> None:
         self.strategy = strategy
         self.name = f"TorchDiffEqPack/{strategy}"
+
+    def lacks(self, problem: Problem) -> str | None:
+        if problem.method not in ("dopri5", "rk4"):
+            return f"TorchDiffEqPack has no {problem.method}"
+        return final_alone("TorchDiffEqPack", problem)
 
     def remark(self, problem: Problem) -> str | None:
         return second_order_remark(problem) if self.strategy == "mali" else _classic_remark(problem)
@@ -59,9 +63,9 @@ class TorchDiffEqPack(Peer):
             accepted[:] = [len(node.steps)]
             return final
 
-        return Bound(forward, steps=lambda: accepted[0] if accepted else None)
+        return attached(instance, forward, steps=lambda: accepted[0] if accepted else None)
 
-    def reference(self, instance: Instance, grid: Tensor | None) -> Callable[[], Tensor]:
+    def reference(self, instance: Instance, grid: Tensor | None) -> Bound:
         from TorchDiffEqPack.odesolver_mem import odesolve_endtime
 
         def forward() -> Tensor:
@@ -69,7 +73,7 @@ class TorchDiffEqPack(Peer):
                 odesolve_endtime(instance.field, instance.y0, self._options(instance.problem))
             )
 
-        return forward
+        return attached(instance, forward)
 
 
 def _tensor(final: Any) -> Tensor:

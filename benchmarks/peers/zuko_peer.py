@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from benchmarks.peers.base import Bound, Peer
+from benchmarks.peers.base import Bound, Peer, attached, final_alone
 from benchmarks.problems import Instance, Problem
 
 _STAGES = 7  # evaluations of an attempted step, the last at its end
@@ -26,12 +25,12 @@ class Zuko(Peer):
 
     name = "zuko/adjoint"
     package = "zuko"
-    reference_note = (
-        "its own step function under autograd in float64 on the steps it accepted in float32"
-    )
+    reference_note = "its own step function under autograd in float64 on the steps it accepted"
 
     def lacks(self, problem: Problem) -> str | None:
-        return None if problem.method == "dopri5" else f"zuko has no {problem.method}"
+        if problem.method != "dopri5":
+            return f"zuko has no {problem.method}"
+        return final_alone("zuko", problem)
 
     def remark(self, problem: Problem) -> str | None:
         if problem.rtol >= _FINEST:
@@ -45,6 +44,7 @@ class Zuko(Peer):
 
         problem, field, y0 = instance.problem, instance.field, instance.y0
         seen: list[float] = []
+        accepted: list[float] = []
 
         def recorded(t: Tensor, y: Tensor) -> Tensor:
             seen.append(float(t))
@@ -62,15 +62,17 @@ class Zuko(Peer):
                 atol=problem.atol,
                 rtol=max(problem.rtol, _FINEST),
             )
+            accepted[:] = _accepted(seen) if seen else []
             return final
 
-        return Bound(
+        return attached(
+            instance,
             forward,
-            steps=lambda: len(_accepted(seen)) - 1 if seen else None,
-            grid=lambda: torch.tensor(_accepted(seen), dtype=torch.float64) if seen else None,
+            steps=lambda: len(accepted) - 1 if accepted else None,
+            grid=lambda: torch.tensor(accepted, dtype=torch.float64) if accepted else None,
         )
 
-    def reference(self, instance: Instance, grid: Tensor | None) -> Callable[[], Tensor] | None:
+    def reference(self, instance: Instance, grid: Tensor | None) -> Bound | None:
         from zuko.utils import dopri45
 
         if grid is None:
@@ -82,7 +84,7 @@ class Zuko(Peer):
                 y = dopri45(instance.field, y, start, end - start)
             return y
 
-        return forward
+        return attached(instance, forward)
 
 
 def _accepted(seen: list[float]) -> list[float]:

@@ -14,10 +14,12 @@ from symplectic_adjoint._errors import (
     ArgumentError,
     CaptureError,
     ChangedTensorError,
+    CompilationError,
     ConvergenceWarning,
     EventGradientError,
     EventNotFoundError,
     EventOutputError,
+    ExecutionWarning,
     FieldOutputError,
     NonFiniteError,
     NonlinearSolveError,
@@ -66,6 +68,7 @@ from symplectic_adjoint.steppers import (
     Partitioned,
     ScipySolver,
 )
+from symplectic_adjoint.threads import single_thread_below
 
 __all__ = [
     "ACA",
@@ -78,6 +81,7 @@ __all__ = [
     "CaptureError",
     "ChangedTensorError",
     "Checkpoint",
+    "CompilationError",
     "Continuous",
     "ConvergenceWarning",
     "Crossing",
@@ -85,6 +89,7 @@ __all__ = [
     "EventGradientError",
     "EventNotFoundError",
     "EventOutputError",
+    "ExecutionWarning",
     "ExplicitAdams",
     "ExplicitRK",
     "FieldOutputError",
@@ -122,5 +127,6 @@ __all__ = [
     "odeint_dense",
     "odeint_event",
     "peak_memory",
+    "single_thread_below",
     "solve",
 ]

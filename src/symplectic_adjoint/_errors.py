@@ -76,7 +76,15 @@ class SecondDerivativeError(SymplecticAdjointError, RuntimeError):
 
 
 class CompilationError(SymplecticAdjointError, RuntimeError):
-    """A solve cannot be compiled as asked; ``execution="eager"`` runs anything."""
+    """A solve cannot be compiled as asked; ``execution="eager"`` runs anything.
+
+    Attributes:
+        lasting: Whether ``func`` is the reason, and not what else was asked for.
+    """
+
+    def __init__(self, message: str, lasting: bool = True) -> None:
+        super().__init__(message)
+        self.lasting = lasting
 
 
 class Stuck(Exception):  # noqa: N818 - a signal, not an error

@@ -192,6 +192,13 @@ class Capture(Listed):
             if id(tensor) not in self._index:
                 self._add(tensor, "params", None)
 
+    @property
+    def elements(self) -> int:
+        """How many elements the tensors have that were found, constants included."""
+        found = {id(x): x for x, _ in self._versions}
+        found |= {id(x): x for x in (*self.tensors, *self._scripted.values())}
+        return sum(x.numel() for x in found.values())
+
     def _add(self, tensor: Tensor, name: str, slot: _Slot | None) -> None:
         value = tensor
         if not wrapped(tensor) and not tensor.is_inference():
@@ -502,7 +509,8 @@ class _Walk:
             if attribute in ("_parameters", "_buffers", "_modules"):
                 self._container(value, name, skip)
             elif attribute in _INTERNAL:
-                self.visit(value, path, direct=False)
+                if value:  # most are empty, and a module has a dozen of them
+                    self.visit(value, path, direct=False)
             else:
                 self._item(value, path, _Slot(vars(module), attribute))
         forward = type(module).forward
@@ -637,7 +645,11 @@ def _is_users(obj: Any) -> bool:
 
 
 class _Replace(TorchFunctionMode):
-    """Replaces tensors by identity in the arguments of every torch function."""
+    """Replaces tensors by identity in the arguments of every torch function.
+
+    It sees all operations of a solve, so it asks first what an identity stands for, and not what
+    an argument is.
+    """
 
     def __init__(self, aliases: Mapping[int, Tensor]) -> None:
         super().__init__()
@@ -646,15 +658,22 @@ class _Replace(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = {key: self._replace(value) for key, value in (kwargs or {}).items()}
-        return func(*(self._replace(x) for x in args), **kwargs)
+        if kwargs:
+            return func(
+                *self._replaced(args),
+                **dict(zip(kwargs, self._replaced(kwargs.values()), strict=True)),
+            )
+        return func(*self._replaced(args))
 
-    def _replace(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._aliases.get(id(value), value)
-        if type(value) in (list, tuple):
-            return type(value)(self._replace(x) for x in value)
-        return value
+    def _replaced(self, values: Iterable[Any]) -> list[Any]:
+        aliases = self._aliases
+        return [
+            type(x)(self._replaced(x)) if type(x) in _LISTS else aliases.get(id(x), x)
+            for x in values
+        ]
+
+
+_LISTS = (list, tuple)
 
 
 class _Guard(TorchFunctionMode):
@@ -698,12 +717,17 @@ class _Changed(TorchFunctionMode):
             return result  # depends on its shape, dtype and device alone
         for x in _tensors((args, kwargs)):
             if x.untyped_storage().data_ptr() in self._storages:
-                raise ChangedTensorError(
-                    f"a tensor that func reads ({x.dtype} of shape {tuple(x.shape)}) was changed "
-                    "in place between the forward and the backward pass, which evaluates func "
-                    "again; change it after the backward pass, or change a copy of it"
-                )
+                raise changed(x)
         return result
+
+
+def changed(x: Tensor) -> ChangedTensorError:
+    """The error that says which tensor was changed in place."""
+    return ChangedTensorError(
+        f"a tensor that func reads ({x.dtype} of shape {tuple(x.shape)}) was changed in place "
+        "between the forward and the backward pass, which evaluates func again; change it after "
+        "the backward pass, or change a copy of it"
+    )
 
 
 class _Watch(TorchFunctionMode):
@@ -739,22 +763,25 @@ def _tensors(value: Any) -> list[Tensor]:
     return []
 
 
+_Leaf: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
+
+
 def graph_leaves(output: Tensor, cut: Collection[tuple[Any, int]] = ()) -> list[Tensor]:
     """The leaves of ``output``'s graph, not looking behind the edges (node, output) in ``cut``."""
     if output.grad_fn is None:
         return [output] if output.requires_grad else []
     leaves = []
-    seen = {output.grad_fn}
-    stack = [output.grad_fn]
+    seen: set[Any] = {None, output.grad_fn}
+    stack: list[Any] = [output.grad_fn]
     while stack:
         node = stack.pop()
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            leaves.append(leaf)
-        for child, number in node.next_functions:
-            if child is not None and child not in seen and (child, number) not in cut:
-                seen.add(child)
-                stack.append(child)
+        if type(node) is _Leaf:
+            leaves.append(node.variable)
+            continue
+        for edge in node.next_functions:
+            if edge[0] not in seen and edge not in cut:
+                seen.add(edge[0])
+                stack.append(edge[0])
     return leaves
 
 

@@ -114,6 +114,8 @@ class Stats:
             equations again.
         backward_solver_products: Those of ``products`` that served to solve equations, the
             transposed ones among them.
+        compile_seconds: How long the solve, and its last backward pass, compiled: 0 where all of
+            it had been compiled before.
     """
 
     accepted: int = 0
@@ -129,6 +131,7 @@ class Stats:
     solver_products: int = 0
     backward_solver_evaluations: int = 0
     backward_solver_products: int = 0
+    compile_seconds: float = field(default=0.0, compare=False)
 
 
 def integrate(

@@ -37,6 +37,7 @@ def odeint(
     event_fn: Callable[[Tensor, Any], Tensor] | None = None,
     gradient: str | Strategy | None = None,
     params: Sequence[Tensor] | None = None,
+    execution: str = "eager",
 ) -> Any:
     """Solve an initial value problem with torchdiffeq's signature.
 
@@ -61,6 +62,7 @@ def odeint(
         gradient: A strategy or its name; "symplectic" by default, and "continuous" with
             scipy_solver, whose steps have no exact gradient.
         params: When given, gradients go to ``y0``, ``t`` and these tensors only.
+        execution: Whether to compile, as in ``solve``: "eager", "step", "loop" or "auto".
 
     Returns:
         The solution at ``t``: (T, ...), or a pytree like ``y0`` with such leaves. With ``event_fn``
@@ -94,6 +96,7 @@ def odeint(
         controller=controller,
         gradient=gradient,
         params=params,
+        execution=execution,
         event=event_fn,
     )
     return solution.y if event_fn is None else _at_event(solution)
@@ -115,6 +118,7 @@ def odeint_adjoint(
     adjoint_method: str | None = None,
     adjoint_options: Mapping[str, Any] | None = None,
     adjoint_params: Iterable[Tensor] | None = None,
+    execution: str = "eager",
 ) -> Any:
     """Solve like ``odeint``, with torchdiffeq's signature for the adjoint method.
 
@@ -139,6 +143,7 @@ def odeint_adjoint(
             *params)``, the parts of the adjoint state; the leaves of a pytree stand in the place
             of ``y`` and of ``lam``.
         adjoint_params: When given, gradients go to ``y0``, ``t`` and these tensors only.
+        execution: Whether to compile, as in ``solve``.
 
     Returns:
         The solution at ``t``: (T, ...), or a pytree like ``y0`` with such leaves.
@@ -175,6 +180,7 @@ def odeint_adjoint(
         event_fn=event_fn,
         gradient=strategy,
         params=params,
+        execution=execution,
     )
 
 

@@ -256,11 +256,13 @@ class AdaptivePace:
 
     def _beside(self, size: Tensor) -> tuple[Tensor, Tensor]:
         factor = 1.0 if self.controller.norm is not None else math.sqrt(max(size.numel(), 1))
-        tolerances = (self.setting.rtol, self.setting.atol)
-        rtol, atol = (
-            torch.as_tensor(x, dtype=size.dtype, device=size.device) * factor for x in tolerances
-        )
-        return rtol, atol
+
+        def beside(x: float | Tensor) -> Tensor:
+            if isinstance(x, Tensor):
+                return x.to(size.device, size.dtype) * factor
+            return torch.full((), x * factor, dtype=size.dtype, device=size.device)
+
+        return beside(self.setting.rtol), beside(self.setting.atol)
 
     def _factor(self, error: float, accepted: bool) -> float:
         c, q = self.controller, self.error_order

@@ -84,11 +84,6 @@ class Program:
         moments = self.method.stepper.dense.degree + 1 if self.method.dense else 0
         return Records.empty(y0, self.capacity, self.points, moments)
 
-    @property
-    def seconds(self) -> float:
-        """How long compiling took so far."""
-        return sum(compiled.seconds for compiled in self.compiled.values())
-
 
 def _traced(graph: Graph, y0: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Traced:
     key = ("traced", wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -76,7 +77,23 @@ def compiled(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Input])
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         raise CompilationError(f"{type(error).__name__}: {lines[0]}") from error
-    return Compiled(call, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    _spent.seconds += seconds
+    return Compiled(call, seconds)
+
+
+class _Spent(threading.local):
+    """Time that this thread has spent compiling."""
+
+    seconds = 0.0
+
+
+_spent = _Spent()
+
+
+def seconds_spent() -> float:
+    """How long this thread has been compiling so far."""
+    return _spent.seconds
 
 
 def _compiled(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Input]) -> Any:
@@ -181,12 +198,19 @@ def _traced(function: Callable[..., Any], inputs: Sequence[Input]) -> fx.GraphMo
 def _value(graph: Graph, t: Tensor, y: Tensor, *tensors: Tensor) -> Tensor:
     versions = [x._version for x in tensors]
     # func may differentiate with respect to its argument.
-    k = graph(t, y.detach().requires_grad_(), tensors)
-    if k.shape != y.shape or k.dtype != y.dtype:
-        raise CompilationError("func returns no derivative of the state")
+    k = _slope(graph, t, y.detach().requires_grad_(), tensors)
     if versions != [x._version for x in tensors]:
         raise CompilationError("func changes a tensor that it reads, such as a buffer, in place")
     return k.detach()
+
+
+def _slope(graph: Graph, t: Tensor, y: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    k = graph(t, y, tensors)
+    if k.is_floating_point() and torch.is_autocast_enabled(y.device.type):
+        k = k.to(y.dtype)
+    if k.shape != y.shape or k.dtype != y.dtype:
+        raise CompilationError("func returns no derivative of the state")
+    return k
 
 
 def _pull(
@@ -195,7 +219,7 @@ def _pull(
     t, y = t.detach().requires_grad_(), y.detach().requires_grad_()
     pairs = zip(given, wanted, strict=True)
     tensors = [x.detach().requires_grad_() if want else x for x, want in pairs]
-    k = graph(t, y, tensors)
+    k = _slope(graph, t, y, tensors)
     leaves = [y, t, *(x for x, want in zip(tensors, wanted, strict=True) if want)]
     if not k.requires_grad:
         return [k.detach(), *(None for _ in leaves)]

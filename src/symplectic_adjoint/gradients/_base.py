@@ -155,7 +155,7 @@ class Sweep:
             if self.out_times is not None:
                 self.out_times[outputs.first : outputs.stop] += slope
             if (times := self.reversal.times) is not None:
-                theta = dense.theta.to(slope.device)
+                theta = dense.theta.to(slope.device, non_blocking=True)
                 times.values[n] += ((theta - 1) * slope).sum()
                 times.values[n + 1] -= (theta * slope).sum()
         self._pending.clear()

@@ -16,7 +16,7 @@ from symplectic_adjoint._errors import (
     SolveError,
     Stuck,
 )
-from symplectic_adjoint.capture import detached
+from symplectic_adjoint.capture import changed, detached
 from symplectic_adjoint.controllers import Adaptive
 from symplectic_adjoint.execution.forward import Records
 from symplectic_adjoint.execution.lift import Lifted, lift
@@ -30,6 +30,7 @@ from symplectic_adjoint.execution.loop import (
     reverse,
 )
 from symplectic_adjoint.execution.step import CompiledRK
+from symplectic_adjoint.execution.trace import seconds_spent
 from symplectic_adjoint.field import DetachedField
 from symplectic_adjoint.gradients._base import Record
 from symplectic_adjoint.gradients._function import Tape
@@ -38,6 +39,7 @@ from symplectic_adjoint.loop import OutputTimes, Stats
 from symplectic_adjoint.solution import Solution
 from symplectic_adjoint.steppers import ExplicitRK
 from symplectic_adjoint.steppers._base import Saved
+from symplectic_adjoint.threads import limited
 
 
 class Bound:
@@ -63,6 +65,8 @@ class Bound:
         self.tensors = [self.all[i] for i in self._places]
         self.names = [""] * len(self.tensors)
         self._now: Sequence[Tensor] = self.tensors
+        constants = (x for x in self.all if not (x.requires_grad or x.is_inference()))
+        self._versions = [(x, x._version) for x in constants]
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """Evaluate the function, differentiably."""
@@ -80,9 +84,9 @@ class Bound:
         return [values[i] for i in self._places]
 
     @property
-    def constants(self) -> list[Tensor]:
-        """Those of which no derivative is wanted."""
-        return [x for i, x in enumerate(self.all) if i not in self._places]
+    def elements(self) -> int:
+        """How many elements all of them have."""
+        return sum(x.numel() for x in self.all)
 
     @contextlib.contextmanager
     def substituted(self, aliases: Sequence[Tensor]) -> Generator[None]:
@@ -93,7 +97,18 @@ class Bound:
         finally:
             self._now = before
 
-    resumed = substituted
+    @contextlib.contextmanager
+    def resumed(self, aliases: Sequence[Tensor]) -> Generator[None]:
+        """The same, for what was evaluated before.
+
+        Raises:
+            ChangedTensorError: A constant was changed in place since.
+        """
+        for x, version in self._versions:
+            if x._version != version:
+                raise changed(x)
+        with self.substituted(aliases):
+            yield
 
     def freeze(self) -> None:
         """A graph means the same ever after."""
@@ -116,8 +131,7 @@ class LoopTape(Tape):
         kept = [records.tensors for records in self.recording.records]
         self._counts = [len(tensors) for tensors in kept]
         self.recording = replace(self.recording, records=[])
-        # The constants so that a change in place is noticed.
-        return [*(x for tensors in kept for x in tensors), *self.bound.constants]
+        return [x for tensors in kept for x in tensors]
 
     def reversed(
         self,
@@ -128,6 +142,7 @@ class LoopTape(Tape):
         g: Tensor,
     ) -> list[Tensor | None]:
         """First derivatives, by the compiled reverse sweep."""
+        before = seconds_spent()
         y0, _, times, *captured = (x.detach() for x in inputs)
         tensors = [x.detach() for x in self.bound.holding(captured)]
         records, position = [], 0
@@ -143,10 +158,11 @@ class LoopTape(Tape):
             self.strategy.zeros(x) if want else None
             for x, want in zip(tensors, wanted, strict=True)
         ]
-        with torch.no_grad():
+        with limited(self.threads), torch.no_grad(), self.bound.resumed(captured):
             result = reverse(
                 recording, tensors, [x for x in sums if x is not None], g.contiguous(), times
             )
+        self.stats.compile_seconds += seconds_spent() - before
         self.stats.backward_evaluations = evaluations + result.evaluations
         self.stats.products = result.products
         pairs = zip(sums, tensors, strict=True)
@@ -158,7 +174,8 @@ class LoopTape(Tape):
         program = self.recording.program
         chunks = on_grid(program, self.nodes, y0, tensors)
         again = OutputTimes(times.tolist(), self.setting.direction, times, lambda t1: True)
-        return record(program, chunks, y0, again, keep=True)
+        with limited(self.threads):
+            return record(program, chunks, y0, again, keep=True)
 
 
 def looped(job: Job, func: Any) -> tuple[Solution, SolveError | None]:
@@ -188,9 +205,12 @@ def stepped(job: Job, func: Any) -> tuple[Solution, SolveError | None]:
         CompilationError: The steps of this solve cannot be compiled.
     """
     _refuse(_common(job))
+    before = seconds_spent()
     bound = _bound(job, func)
     stepper = CompiledRK(cast("ExplicitRK", job.stepper), bound)
-    return execute(replace(job, func=bound, capture=bound, stepper=stepper))
+    solution, error = execute(replace(job, func=bound, capture=bound, stepper=stepper))
+    solution.stats.compile_seconds = seconds_spent() - before
+    return solution, error
 
 
 def _bound(job: Job, func: Any) -> Bound:
@@ -205,7 +225,7 @@ def _refuse(refusals: Mapping[str, bool]) -> None:
     """
     for reason, holds in refusals.items():
         if holds:
-            raise CompilationError(reason)
+            raise CompilationError(reason, lasting=False)
 
 
 def _common(job: Job) -> dict[str, bool]:
@@ -243,12 +263,13 @@ def _alone(job: Job) -> dict[str, bool]:
 def _record(job: Job) -> Recorded:
     """The forward pass; of the steps is kept what the strategy asks for."""
     bound: Any = job.capture
+    before = seconds_spent()
     problem, stepper = job.problem, cast("ExplicitRK", job.stepper)
     y0 = problem.y0.detach().contiguous()
     times = OutputTimes(problem.times, problem.direction, problem.t.detach(), job.hits)
     keeps = job.strategy.keeps if job.wants_grad else "nothing"
     aliases = detached(bound.tensors)
-    with torch.no_grad(), bound.substituted(aliases):
+    with limited(job.threads), torch.no_grad(), bound.substituted(aliases):
         field = DetachedField(bound, y0, aliases, None)
         program = Program.of(
             bound.graph, bound.all, stepper, y0, keeps in ("points", "start"), _dense(job)
@@ -261,6 +282,7 @@ def _record(job: Job) -> Recorded:
         accepted=steps,
         rejected=recording.attempts - steps,
         evaluations=field.evaluations + recording.evaluations,
+        compile_seconds=seconds_spent() - before,
     )
     run = recording.run
     run.end = stepper.resume(run.nodes[-1], (run.end.clone(),), None)
@@ -293,7 +315,8 @@ def _dense(job: Job) -> bool:
     stepper: Any = job.stepper
     if dense and stepper.dense.extra_stages:
         raise CompilationError(
-            f"outputs within the steps of {stepper.name!r} take stages of their own"
+            f"outputs within the steps of {stepper.name!r} take stages of their own",
+            lasting=False,
         )
     return dense
 

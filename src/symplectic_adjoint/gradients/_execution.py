@@ -17,6 +17,7 @@ from symplectic_adjoint._errors import (
 )
 from symplectic_adjoint._types import code_of
 from symplectic_adjoint.capture import Capture
+from symplectic_adjoint.field import RandomState
 from symplectic_adjoint.gradients._job import Job
 from symplectic_adjoint.gradients._job import execute as eager
 from symplectic_adjoint.solution import Solution
@@ -53,7 +54,8 @@ TIERS: dict[str, tuple[Tier, ...]] = {
 }
 """How a solve is run, by the value of ``execution``: what is tried, the fastest first."""
 
-_refused: dict[tuple[Any, Tier], str] = {}
+_refused: set[tuple[Any, Tier]] = set()
+_warned: set[tuple[Any, Tier, str]] = set()
 
 
 def check_execution(execution: str) -> None:
@@ -84,6 +86,7 @@ def execute(
         key = (code_of(func), tier)
         if execution == "auto" and key in _refused:
             continue
+        before = RandomState(job.problem.y0.device)
         try:
             return tier(job, func)
         except Stuck:
@@ -94,10 +97,15 @@ def execute(
                     f"execution={execution!r} cannot run this solve: {error}. Use 'auto', which "
                     "takes what can be compiled, or 'eager'"
                 ) from error
-            _refused[key] = str(error)
-            warnings.warn(
-                f"execution='auto' does not compile this solve: {error}",
-                ExecutionWarning,
-                stacklevel=4,
-            )
+            before.set()
+            if error.lasting:
+                _refused.add(key)
+            if (*key, str(error)) not in _warned:
+                _warned.add((*key, str(error)))
+                warnings.warn(
+                    f"execution='auto' cannot take {tier.__name__[1:]!r} here and runs slower: "
+                    f"{error}",
+                    ExecutionWarning,
+                    stacklevel=4,
+                )
     return eager(replace(job, capture=capture()))

@@ -24,6 +24,7 @@ from symplectic_adjoint.gradients._derived import Pull, Push, Shelf, Value, deri
 from symplectic_adjoint.loop import Outputs, Stats
 from symplectic_adjoint.steppers import Stepper
 from symplectic_adjoint.steppers._base import Reversal, TimeCotangents
+from symplectic_adjoint.threads import limited
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Tape:
         end_token: Random state of the node there.
         stats: Counts, completed by the backward pass.
         autocast: Autocast state of the forward pass.
+        threads: How many threads the solve uses; None for as many as PyTorch.
         leafy: Whether ``func`` needs an argument that requires grad.
         callbacks: What ``func`` wants to be told of backward passes.
         spec: How the caller's state maps onto the flat one.
@@ -67,6 +69,7 @@ class Tape:
     end_token: Any
     stats: Stats
     autocast: Autocast
+    threads: int | None
     leafy: bool
     callbacks: Callbacks
     spec: StateSpec
@@ -250,7 +253,12 @@ def _reversed(
     y0, _, times, *captured = inputs
     end, records = tape.restored(kept)
     aliases = list(tape.aliases) or detached(captured)
-    with torch.enable_grad(), tape.capture.resumed(aliases), tape.autocast.restored():
+    with (
+        limited(tape.threads),
+        torch.enable_grad(),
+        tape.capture.resumed(aliases),
+        tape.autocast.restored(),
+    ):
         field = DetachedField(tape.func, y0, aliases, None)
         field.leafy = tape.leafy
         field.linearize(True)
@@ -294,7 +302,7 @@ def replayed(tape: Tape, inputs: Sequence[Tensor]) -> tuple[Tensor, Field]:
         The outputs, and the field, which counts what they take.
     """
     y0, nodes, times, *captured = inputs
-    with tape.capture.resumed(captured), tape.autocast.restored():
+    with limited(tape.threads), tape.capture.resumed(captured), tape.autocast.restored():
         graph = any(x.requires_grad for x in inputs)
         field = GraphField(tape.func, y0) if graph else TangentField(tape.func, y0)
         field.corrections = 3  # a second derivative may be three derivatives of the replay

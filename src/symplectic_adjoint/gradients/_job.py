@@ -36,6 +36,7 @@ from symplectic_adjoint.problem import Problem
 from symplectic_adjoint.solution import Solution
 from symplectic_adjoint.steppers import Stepper, admit
 from symplectic_adjoint.steppers._base import Saved
+from symplectic_adjoint.threads import limited, suited
 
 Result = TypeVar("Result")
 
@@ -77,6 +78,11 @@ class Job:
             grid=() if self.grid is None else self.grid.tolist(),
             jumps=frozenset(self.jumps.tolist()),
         )
+
+    @property
+    def threads(self) -> int | None:
+        """How many threads the solve uses; None for as many as PyTorch."""
+        return suited(self.problem.y0, self.capture.elements)
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -372,7 +378,8 @@ def _run(
         yield from integrate(field, job.stepper, pace, state, setting, knots, stats, told)
 
     try:
-        result = run(field, job.stepper, steps(), state, times, keep, graph, job.report, watch)
+        with limited(job.threads):
+            result = run(field, job.stepper, steps(), state, times, keep, graph, job.report, watch)
     except Rediscovered:
         job.spent += field.evaluations
         raise
@@ -423,6 +430,7 @@ def tape_of(
         end_token=result.end.node.token,
         stats=stats,
         autocast=Autocast(field.device),
+        threads=job.threads,
         leafy=field.leafy,
         callbacks=job.adjoint_callbacks,
         spec=job.problem.spec,

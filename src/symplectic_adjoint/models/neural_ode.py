@@ -98,6 +98,7 @@ class NeuralODE(nn.Module):
         atol: float | Tensor = 1e-9,
         controller: Controller | None = None,
         gradient: str | Strategy | None = None,
+        execution: str = "eager",
     ) -> None:
         super().__init__()
         _check_owned("func", func)
@@ -111,6 +112,7 @@ class NeuralODE(nn.Module):
             "atol": atol,
             "controller": controller,
             "gradient": gradient,
+            "execution": execution,
         }
         self.stats: Stats | None = None
 

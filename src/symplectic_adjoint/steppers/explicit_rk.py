@@ -170,7 +170,7 @@ class RungeKutta:
     def interpolate(self, field: Field, step: RKStep, theta: Tensor) -> Tensor:
         self._extend(field, step, len(self.rows))
         k = torch.stack([field.value(step.stages[i]) for i in self.dense_stages])
-        weights = self._weights(theta).to(k)
+        weights = self._weights(theta).to(k, non_blocking=True)
         increment = torch.tensordot(weights, k, dims=1)
         y: Tensor = step.start.y + scaled(step.h, increment)
         return y
@@ -428,7 +428,8 @@ class _Transpose:
             and i in self.method.dense_stages
         ):
             column = self.method._polynomials[1:, self.method.dense_stages.index(i)]
-            slopes = 2 * (power_slopes(2 * dense.theta - 1, len(column)) @ column).to(dense.slopes)
+            slopes = 2 * (power_slopes(2 * dense.theta - 1, len(column)) @ column)
+            slopes = slopes.to(dense.slopes, non_blocking=True)
             along = dense.g.reshape(len(dense.g), k.numel()).conj() @ k.reshape(-1)
             dense.slopes += self.h * slopes * along.real
 
@@ -440,7 +441,8 @@ class _Transpose:
         if isinstance(dense, DenseMoments):
             moments, rows = dense.moments.unbind(), method.dense.centred
             return {i: _weighted(rows[i], moments) for i in method.dense_stages}
-        shares = torch.tensordot(method._weights(dense.theta).T.to(dense.g), dense.g, dims=1)
+        weights = method._weights(dense.theta).T.to(dense.g, non_blocking=True)
+        shares = torch.tensordot(weights, dense.g, dims=1)
         return dict(zip(method.dense_stages, shares, strict=True))
 
 

@@ -1,0 +1,127 @@
+"""Figures of the results, as SVG, drawn without touching matplotlib's global state."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+from benchmarks.measure import Record
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, a package each.
+_COLOURS = {
+    "torchdiffeq": "#000000",
+    "torchode": "#E69F00",
+    "TorchDiffEqPack": "#CC79A7",
+    "zuko": "#56B4E9",
+    "diffrax": "#0072B2",
+    "jax": "#009E73",
+    "ours": "#D55E00",
+}
+_MARKERS = "osDv^P*Xh<>pd8H"
+_RC: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "svg.hashsalt": "benchmarks",  # the same figures give the same file
+}
+
+
+def costs(title: str, records: Mapping[str, Record]) -> bytes:
+    """Time a step against peak memory, each peer a point.
+
+    Args:
+        title: Name of the problem.
+        records: Its records by peer; those without a time or a peak, and those of another method,
+            whose steps are not to be compared, are left out.
+    """
+    points = [r for r in records.values() if r.step is not None and r.peak and not r.other_method]
+    looks = styles(r.peer for r in points)
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(7.6, 4.6), layout="constrained")
+        axes = figure.subplots()
+        for record in points:
+            look = {**looks[record.peer], "linestyle": "none", "label": record.peer}
+            axes.plot(record.peak or 0, record.step or 0, markersize=7, **look)
+        axes.set_title(f"{title}: lower left is better; filled: compiled")
+        axes.set_xlabel("peak memory")
+        axes.set_ylabel("time of forward and backward, a step")
+        _logarithmic(axes, "B", "s")
+        figure.legend(loc="outside right center", fontsize=8)
+        return _svg(figure)
+
+
+def curves(title: str, label: str, series: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
+    """Time and peak memory against a size, each peer a line.
+
+    Args:
+        title: What grows.
+        label: Of the horizontal axis.
+        series: By peer its points, with ``"x"``, ``"seconds"`` and ``"peak"``.
+    """
+    looks = styles(series)
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(9.6, 4.0), layout="constrained")
+        panels = figure.subplots(1, 2)
+        for axes, quantity, unit, name in zip(
+            panels, ("seconds", "peak"), "sB", ("forward and backward", "peak memory"), strict=True
+        ):
+            for peer, points in series.items():
+                found = [(p["x"], p[quantity]) for p in points if p[quantity]]
+                label_of = peer if axes is panels[0] else None
+                x, y = [each for each, _ in found], [each for _, each in found]
+                axes.plot(x, y, label=label_of, linewidth=1.2, markersize=5, **looks[peer])
+            axes.set_title(f"{title}: {name}")
+            axes.set_xlabel(label)
+            _logarithmic(axes, "", unit)
+        figure.legend(loc="outside right center", fontsize=8)
+        return _svg(figure)
+
+
+def styles(peers: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour by package and marker within it; entries that are compiled are filled."""
+    used: dict[str, int] = {}
+    found = {}
+    for peer in peers:
+        package = peer.partition("/")[0]
+        index = used[package] = used.get(package, -1) + 1
+        colour = _COLOURS.get(package, "#777777")
+        eager = package not in ("diffrax", "jax") and not peer.endswith(
+            ("/compiled", "/step", "/loop")
+        )
+        found[peer] = {
+            "color": colour,
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "markerfacecolor": "white" if eager else colour,
+        }
+    return found
+
+
+def _logarithmic(axes: Axes, x_unit: str, y_unit: str) -> None:
+    """Both axes logarithmic, their ticks with units."""
+    for axis, unit in ((axes.xaxis, x_unit), (axes.yaxis, y_unit)):
+        if axis is axes.xaxis:
+            axes.set_xscale("log")
+        else:
+            axes.set_yscale("log")
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
+        axis.set_major_formatter(EngFormatter(unit=unit))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _svg(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
