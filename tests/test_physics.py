@@ -15,7 +15,7 @@ from symplectic_adjoint import gradients
 from symplectic_adjoint.datasets import DataError, physics
 from symplectic_adjoint.datasets.physics import FieldEquation, Mechanics
 from symplectic_adjoint.experiments.config import ConfigError
-from symplectic_adjoint.experiments.physics import PhysicsStudy, Training, network
+from symplectic_adjoint.experiments.physics import PhysicsStudy, Training, _correlation, network
 from symplectic_adjoint.experiments.sweep import Sweep
 from symplectic_adjoint.models import (
     ConvEnergy,
@@ -234,6 +234,26 @@ def test_the_study_writes_the_papers_table_and_figures(tmp_path: Path) -> None:
     for name in ("cahn-hilliard-energy", "cahn-hilliard-fields", "pendulum-energy"):
         assert (sweep.report / f"{name}.png").stat().st_size > 10_000
         assert f"]({name}.png)" in text
+
+
+@pytest.mark.parametrize("name", ["kdv", "henon-heiles"])
+def test_an_energy_is_compared_beside_what_moves_nothing(name: str) -> None:
+    system = SYSTEMS[name]
+    y = system.simulate(count=6, snapshots=2).y
+
+    class Learned(nn.Module):
+        def energy(self, y: Tensor) -> Tensor:
+            mass = y.sum(-1) if isinstance(system, FieldEquation) else 0.0
+            return 0.5 * system.energy(y) - 30 * mass + 7
+
+    class Wrong(nn.Module):
+        def energy(self, y: Tensor) -> Tensor:
+            return torch.sin(40 * y).sum(-1)
+
+    right, wrong = (_correlation(model, system, y) for model in (Learned(), Wrong()))
+    assert right == pytest.approx(1.0, abs=1e-9)
+    assert wrong is not None
+    assert abs(wrong) < 0.9
 
 
 def test_a_restored_training_goes_on_to_the_last_bit() -> None:

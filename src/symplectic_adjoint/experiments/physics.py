@@ -219,8 +219,8 @@ class PhysicsStudy:
                 "Energy and mass errors: the greatest distance from the reference's at the same "
                 "time, relative to the range of the energies of all test trajectories and to the "
                 "mean absolute mass.",
-                "Learned energy: correlation with the true one over all test states; its constant "
-                "cannot be learned.",
+                "Learned energy: correlation with the true one over all test states, beside a "
+                "constant and a multiple of the mass, which move nothing and cannot be learned.",
             ),
         )
         shown = [r for r in own if r.settings["strategy"] == _shown(own)]
@@ -467,12 +467,21 @@ def _energy(model: nn.Module, y: Tensor) -> Tensor | None:
 
 
 def _correlation(model: nn.Module, system: System, y: Tensor) -> float | None:
-    """Of the learned and the true energy, over all states."""
+    """Of the learned and the true energy over all states, beside what moves nothing.
+
+    The dynamics do not change with a constant added to the energy and, on a periodic interval, a
+    multiple of the mass.
+    """
     learned = _energy(model, y)
     if learned is None:
         return None
-    both = torch.stack([learned.flatten(), system.energy(y).flatten()])
-    return float(torch.corrcoef(both)[0, 1])
+    both = torch.stack([learned.flatten(), system.energy(y).flatten()], -1)
+    idle = [torch.ones_like(both[:, 0])]
+    if isinstance(system, FieldEquation):
+        idle.append(system.mass(y).flatten())
+    known = torch.stack(idle, -1)
+    rest = both - known @ torch.linalg.lstsq(known, both).solution
+    return float(torch.corrcoef(rest.T)[0, 1])
 
 
 def _invariants(system: System, truth: Tensor, y: Tensor) -> dict[str, float | None]:
