@@ -173,6 +173,21 @@ def test_noise_is_that_of_its_distribution_and_of_its_seed() -> None:
     assert len(normal.unique()) > 1000
 
 
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_gradients_of_a_flow_in_forward_mode_are_those_of_backpropagation(trace: Any) -> None:
+    x = torch.randn(3, 3, dtype=torch.float64)
+
+    def gradients_by(strategy: str) -> list[Tensor]:
+        solver = SolverOptions(method="midpoint", controller=FixedGrid(step_size=0.5))
+        flow = _flow(trace=trace, solver=replace(solver, gradient=strategy))
+        noise = flow.draw_noise(x, torch.Generator().manual_seed(2))
+        loss = flow.log_prob(x, noise).sum()
+        return list(torch.autograd.grad(loss, list(flow.parameters())))
+
+    for got, wanted in zip(gradients_by("forward"), gradients_by("backprop"), strict=True):
+        assert float((got - wanted).norm()) <= 1e-12 * float(wanted.norm())
+
+
 def test_samples_map_back_to_their_base_samples() -> None:
     flow = _flow(blocks=2, trace="exact")
     samples = flow.sample(6, torch.Generator().manual_seed(3))

@@ -14,6 +14,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from symplectic_adjoint._errors import ArgumentError, UnknownNameError
 from symplectic_adjoint.api import solve
+from symplectic_adjoint.capture import has_tangent
 from symplectic_adjoint.controllers import FixedGrid
 from symplectic_adjoint.models.blocks import Activation, Layer, TimeMLP
 from symplectic_adjoint.models.distribution import FlowDistribution
@@ -431,14 +432,14 @@ def _augmented(
     def field(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, _ = state
         # Without a gradient to come, the inner one has a tape of its own and no graph is kept.
-        differentiate = torch.is_grad_enabled() and (
-            x.requires_grad
-            or (context is not None and context.requires_grad)
-            or any(p.requires_grad for p in network.parameters())
+        inputs = [x, *network.parameters(), *(() if context is None else (context,))]
+        differentiate = any(map(has_tangent, inputs)) or (
+            torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
         )
         with torch.enable_grad():
             if not (differentiate and x.requires_grad):
-                x = x.detach().requires_grad_()
+                # A view, since detach() would drop the tangents of forward mode.
+                x = (x.view_as(x) if differentiate else x.detach()).requires_grad_()
             dx = network(t, x) if context is None else network(t, x, context)
             dl = divergence(dx, x, differentiate)
         return (dx, dl) if differentiate else (dx.detach(), dl.detach())
