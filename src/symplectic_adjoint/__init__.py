@@ -23,6 +23,7 @@ from symplectic_adjoint._errors import (
     FieldOutputError,
     NonFiniteError,
     NonlinearSolveError,
+    NotSeparableError,
     SecondDerivativeError,
     SolveError,
     Status,
@@ -57,12 +58,14 @@ from symplectic_adjoint.loop import Stats
 from symplectic_adjoint.models import Autonomous, NeuralODE
 from symplectic_adjoint.rootfind import Newton
 from symplectic_adjoint.solution import Solution
+from symplectic_adjoint.splitting import Splitting
 from symplectic_adjoint.steppers import (
     ALF,
     ExplicitAdams,
     ExplicitRK,
     ImplicitAdams,
     ImplicitRK,
+    Partitioned,
     ScipySolver,
 )
 from symplectic_adjoint.threads import single_thread_below
@@ -100,11 +103,14 @@ __all__ = [
     "Newton",
     "NonFiniteError",
     "NonlinearSolveError",
+    "NotSeparableError",
+    "Partitioned",
     "ScipySolver",
     "SecondDerivativeError",
     "SensitivityControl",
     "Solution",
     "SolveError",
+    "Splitting",
     "Stats",
     "Status",
     "StepLimitError",

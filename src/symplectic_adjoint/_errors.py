@@ -43,8 +43,12 @@ class UnknownNameError(ArgumentError):
         super().__init__(f"unknown {kind} {name!r}{hint} Valid: {', '.join(map(repr, names))}")
 
 
+class NotSeparableError(ArgumentError):
+    """A splitting method was asked to solve a system whose parts do not move each other alone."""
+
+
 class TableauError(SymplecticAdjointError, ValueError):
-    """A Butcher tableau or interpolant contradicts its declared shape, order or row sums."""
+    """The coefficients of a method contradict its declared shape, order or sums."""
 
 
 class FieldOutputError(SymplecticAdjointError, TypeError):

@@ -80,7 +80,7 @@ class SolveShape:
 
     def evaluations(self, work: Work) -> int:
         """Evaluations of the forward pass, for a method whose steps take ``work``."""
-        count = self.stages(work) + self.rejected * work.inner + self.selected
+        count = self.stages(work) + self.rejected * work.inner + self.selected + work.checks
         if self.adaptive:
             count += (self.accepted + self.rejected) * work.error
             if work.error_node:

@@ -34,7 +34,7 @@ from symplectic_adjoint.gradients.checkpoint import Checkpoint
 from symplectic_adjoint.loop import Outputs, OutputTimes, Run, SolveShape, Stats, integrate, run
 from symplectic_adjoint.problem import Problem
 from symplectic_adjoint.solution import Solution
-from symplectic_adjoint.steppers import Stepper
+from symplectic_adjoint.steppers import Stepper, admit
 from symplectic_adjoint.steppers._base import Saved
 from symplectic_adjoint.threads import limited, suited
 
@@ -374,6 +374,7 @@ def _run(
         pace = job.controller.begin(field, job.stepper, state, own)
         if isinstance(pace, GridPace):
             pace.checked = checked or watch is not None
+            admit(job.stepper, field, state, setting.grid)
         yield from integrate(field, job.stepper, pace, state, setting, knots, stats, told)
 
     try:
