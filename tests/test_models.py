@@ -20,6 +20,7 @@ from symplectic_adjoint.models import (
     ConcatSquash,
     ConcatSquashConv2d,
     ContinuousFlow,
+    FlowDistribution,
     ImageCNF,
     SolverOptions,
     TimeMLP,
@@ -341,9 +342,9 @@ def test_a_distribution_checks_what_it_is_given() -> None:
     with pytest.raises(ValueError, match=r"must have shape \(\.\.\., 2\)"):
         conditional.distribution()
     with pytest.raises(ValueError, match="within the support"):
-        _image_flow().distribution().log_prob(2 * torch.ones(16).double())
+        FlowDistribution(_image_flow(), validate_args=True).log_prob(2 * torch.ones(16).double())
     with pytest.raises(ValueError, match="support"):
-        plain.distribution().log_prob(torch.full((2,), math.nan).double())
+        FlowDistribution(plain, validate_args=True).log_prob(torch.full((2,), math.nan).double())
 
 
 def test_contexts_and_images_that_do_not_fit_are_refused() -> None:
