@@ -304,6 +304,8 @@ def run(
                 result.event = event
                 output_times.stop(event.t)
             outputs = output_times.take(t1)
+            if result.outputs and outputs == result.outputs[-1]:
+                outputs = result.outputs[-1]  # most steps hold none: one object for all of them
             if outputs.dense:
                 theta = output_times.places(outputs, step.start.t, step.t1)
                 writer.write(outputs.first, stepper.interpolate(field, step, theta))

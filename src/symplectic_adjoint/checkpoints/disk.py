@@ -6,11 +6,12 @@ import bisect
 import ctypes
 import os
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import IO, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,14 +92,14 @@ class DiskStore:
         self.ahead = ahead
         try:
             # A file without a name, open to nobody else.
-            file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+            self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         except OSError as error:
             raise StoreError(
                 f"no checkpoint file can be made in {folder!r}: {error.strerror}; name an existing "
                 "folder that you can write to"
             ) from error
-        self.fd = file.fileno()
         self.worker = ThreadPoolExecutor(1, "checkpoints")
+        thread = self.worker.submit(threading.get_ident).result()
         self.extents: dict[int, _Extent] = {}
         self.keys: list[int] = []  # sorted
         self.free: dict[int, list[int]] = {}  # offsets of extents that can be used again, by size
@@ -107,7 +108,7 @@ class DiskStore:
         # that an extent can be used again before its last reader or writer is done.
         self.writing: dict[int, tuple[Future[None], list[Parcel]]] = {}
         self.reading: dict[int, Future[list[Tensor]]] = {}
-        self.close = weakref.finalize(self, _close, file, self.worker)
+        self.close = weakref.finalize(self, _close, self.file, self.worker, thread)
 
     def put(self, key: int, tensors: Sequence[Tensor]) -> None:
         parcels = [Parcel.sent(x) for x in tensors]
@@ -115,7 +116,7 @@ class DiskStore:
         extent = _Extent(self._place(sum(shape.bytes for shape in shapes)), shapes)
         self.extents[key] = extent
         bisect.insort(self.keys, key)
-        written = self.worker.submit(_write, self.fd, extent.offset, parcels)
+        written = self.worker.submit(_write, self.file, extent.offset, parcels)
         self.writing[key] = written, parcels
         self._settle(self.ahead)
 
@@ -126,7 +127,7 @@ class DiskStore:
             found = _parcels(self._read(self.reading.pop(key)), self.extents[key])
         else:
             extent = self.extents[key]
-            found = _parcels(self._read(self.worker.submit(_read, self.fd, extent)), extent)
+            found = _parcels(self._read(self.worker.submit(_read, self.file, extent)), extent)
         self._read_before(key)
         return [parcel.returned() for parcel in found]
 
@@ -172,7 +173,7 @@ class DiskStore:
         for earlier in reversed(self.keys[max(place - self.ahead, 0) : place]):
             if earlier not in self.reading and earlier not in self.writing:
                 extent = self.extents[earlier]
-                self.reading[earlier] = self.worker.submit(_read, self.fd, extent)
+                self.reading[earlier] = self.worker.submit(_read, self.file, extent)
         for later in [k for k in self.reading if k > key]:
             del self.reading[later]
 
@@ -182,27 +183,31 @@ def _parcels(tensors: Sequence[Tensor], extent: _Extent) -> list[Parcel]:
     return [Parcel(x, shape.device) for x, shape in pairs]
 
 
-def _close(file: object, worker: ThreadPoolExecutor) -> None:
+def _close(file: IO[bytes], worker: ThreadPoolExecutor, thread: int) -> None:
     """Called once: by ``close``, when the store is collected, or when the interpreter exits."""
-    worker.shutdown(wait=True, cancel_futures=True)
-    file.close()  # type: ignore[attr-defined]
+    if threading.get_ident() == thread:  # collected by its own thread, which cannot wait for itself
+        worker.submit(file.close)
+        worker.shutdown(wait=False)
+    else:
+        worker.shutdown(wait=True, cancel_futures=True)
+        file.close()
 
 
-def _write(fd: int, offset: int, parcels: Sequence[Parcel]) -> None:
+def _write(file: IO[bytes], offset: int, parcels: Sequence[Parcel]) -> None:
     for parcel in parcels:
         for view in _views(parcel.landed()):
             while view:
-                count = os.pwrite(fd, view, offset)
+                count = os.pwrite(file.fileno(), view, offset)
                 view, offset = view[count:], offset + count
 
 
-def _read(fd: int, extent: _Extent) -> list[Tensor]:
+def _read(file: IO[bytes], extent: _Extent) -> list[Tensor]:
     offset, tensors = extent.offset, []
     for size, dtype, device in extent.shapes:
         x = torch.empty(size, dtype=dtype, pin_memory=device.type == "cuda")
         for view in _views(x):
             while view:
-                count = os.preadv(fd, [view], offset)
+                count = os.preadv(file.fileno(), [view], offset)
                 if not count:
                     raise OSError(0, "the file is shorter than what was written to it")
                 view, offset = view[count:], offset + count
