@@ -335,6 +335,8 @@ def record(job: Job) -> Recorded:
     with guard, torch.enable_grad(), job.capture.substituted(aliases):
         field = strategy.forward_field(job.func, y0.detach(), aliases, capture, job.wants_time)
         field.random = job.random
+        if ledger is not None:
+            ledger.use(field)
         times = _output_times(job, job.problem.t.detach())
         result, stats = _run(job, field, {}, times, keep, graph=False)
     # A grid that had to be checked step by step may have got further before.
@@ -343,6 +345,7 @@ def record(job: Job) -> Recorded:
     if ledger is not None:
         ledger.until(len(result.outputs))
         tape.records, tape.ledger = ledger, ledger
+        tape.aliases = aliases if ledger.graphs else ()
     return Recorded(job, result, stats, field, tape, dense_records)
 
 

@@ -20,7 +20,7 @@ from symplectic_adjoint.checkpoints.actions import (
     Where,
 )
 from symplectic_adjoint.checkpoints.schedules import Plan, Schedule, Sizes
-from symplectic_adjoint.field import RandomState
+from symplectic_adjoint.field import Field, LeafField, RandomState, StageGraph
 from symplectic_adjoint.gradients._base import Record, Sweep
 from symplectic_adjoint.steppers import Stepper
 from symplectic_adjoint.steppers._base import Saved
@@ -65,11 +65,34 @@ class Ledger(Sequence[Record]):
         self.most = most
         self.settle = settle
         self.retaken = 0
+        self.field: LeafField | None = None
         self._restart()
+
+    def use(self, field: Field) -> None:
+        """Tell of the field of the forward pass, which may keep graphs."""
+        if isinstance(field, LeafField):
+            self.field = field
+            field.measured = self._measured
+
+    def _measured(self) -> None:
+        """Keep no graphs where those of one step alone would leave no room for its state."""
+        assert self.field is not None
+        self.settle(self.plan, 0, 0, 0)
+        if self.plan.capacity < 2 * self._in_flight:
+            self.field.stop_keeping()
+
+    @property
+    def _in_flight(self) -> int:
+        """Bytes of the graphs of the step at hand."""
+        if self.field is None or not self.field.keeping or self.field.tape is None:
+            return 0
+        work = self.stepper.work
+        return (1 + work.inner + work.error + work.extra + work.node) * self.field.tape
 
     def _restart(self) -> None:
         self.plan = self.schedule.begin()
         self.saved: dict[int, Saved] = {}  # without their tensors
+        self.graphs: dict[int, Sequence[StageGraph | None]] = {}
         self.where: dict[int, Where] = {}
         self.what: dict[int, What] = {}
         self.tokens: dict[int, Sequence[RandomState | None]] = {}
@@ -120,8 +143,16 @@ class Ledger(Sequence[Record]):
             self.ends[n] = end
             self.traces += _bytes(end)
         self.settle(self.plan, n + 1, self.traces, sizes.state)
+        self.plan.capacity = max(self.plan.capacity - self._in_flight, sizes.state)
+        graphs = [stage.graph for stage in self.stepper.stages(step)]
         for action in self.plan.took(n, sizes):
+            if isinstance(action, Keep) and action.what == What.GRAPH:
+                self.graphs[n] = graphs
             self._store(action, state, stages)
+        if self.field is not None and self.field.keeping and n not in self.graphs:
+            self.field.stop_keeping()
+            for stage in self.stepper.stages(step):
+                stage.graph = None
         self.steps = n + 1
 
     def until(self, steps: int) -> None:
@@ -137,16 +168,25 @@ class Ledger(Sequence[Record]):
         # A record of the stages from which the state cannot be told, or that holds no more than it,
         # is none that a plan could use.
         first = stages.tensors[: len(state.tensors)]
-        whole = len(first) < len(stages.tensors)
+        whole = len(first) < len(stages.tensors) or self.most == What.GRAPH
         if not whole or any(a is not b for a, b in zip(first, state.tensors, strict=False)):
             return state, state, Sizes(_bytes(state))
-        return state, stages, Sizes(_bytes(state), _bytes(stages))
+        sizes = Sizes(_bytes(state), _bytes(stages))
+        if self.field is not None and self.field.keeping and self.field.tape is not None:
+            # The last of its stages is the first of the next step.
+            count = len(self.stepper.stages(step)) - 1
+            graphs = count * (self.field.tape + step.y1.nbytes)
+            return state, stages, sizes._replace(graph=_bytes(stages) + graphs)
+        return state, stages, sizes
 
     def _store(self, action: Action, state: Saved, stages: Saved) -> None:
         """Carry out what concerns the stores; ``state`` and ``stages`` of the step just taken."""
         match action:
             case Keep(n, what, where):
                 self._put(n, state if what == What.STATE else stages, what, where)
+            case Reduce(n, What.STAGES):
+                self.what[n] = What.STAGES
+                del self.graphs[n]
             case Reduce(n, what):
                 saved, where = self._get(n), self.where[n]
                 self._drop(n)
@@ -171,6 +211,7 @@ class Ledger(Sequence[Record]):
 
     def _drop(self, n: int) -> None:
         self.stores[self.where.pop(n)].drop(n)
+        self.graphs.pop(n, None)
         del self.saved[n], self.what[n]
 
     def _empty(self) -> None:
@@ -214,6 +255,10 @@ class Ledger(Sequence[Record]):
                         tokens = self.tokens.get(n, ())
                         saved = Saved(self.stepper.carried(state), tokens)
                     step = load(n, saved, end)
+                    for stage, graph in zip(
+                        self.stepper.stages(step), self.graphs.pop(n, ()), strict=False
+                    ):
+                        stage.graph = stage.graph or graph
                     state = saved = taken = None
                     end = yield step
                     del step

@@ -49,11 +49,12 @@ class Symplectic(Strategy):
         memory: How much memory the solve and its backward pass may take, beside one evaluation of
             the network: a number of bytes, or a size such as ``"512MiB"``. Of each step is kept the
             most that still fits, no more than ``store`` says; when the budget is used up while the
-            solve is running, the oldest steps are reduced to their states, and then the states are
-            thinned. What is missing is computed again from the recorded times: the gradient stays
-            the same. ``"auto"`` takes 0.8 of the memory that is free, ``"least"`` keeps about as
-            many states as the logarithm of the number of steps, ``"fastest"`` and None keep what
-            ``store`` says of every step. The matrices of implicit methods come on top.
+            solve is running, the oldest steps are reduced, from graphs to stages to states, and
+            then the states are thinned. What is missing is computed again from the recorded times:
+            the gradient stays the same. ``"auto"`` takes 0.8 of the memory that is free,
+            ``"least"`` keeps about as many states as the logarithm of the number of steps,
+            ``"fastest"`` and None keep what ``store`` says of every step. The matrices of implicit
+            methods come on top.
         place: Where what is kept lies: ``Device()``, ``Host()``, ``Disk(folder)`` or, inexactly,
             ``Rounded(dtype, place)``. With a budget that which does not fit goes there, and no step
             is thinned. By default everything lies on the state's device.
@@ -115,9 +116,10 @@ class Symplectic(Strategy):
                 f"store='graph' keeps the one evaluation of each stage, but {stepper.name!r} finds "
                 "its stages by many; use Symplectic(store='stages')"
             )
-        if self.store == "graph" and self._limited:
+        if self.store == "graph" and (self.place is not None or self.memory == "least"):
             raise ArgumentError(
-                "memory= and place= keep states and stages, no graphs; use store='stages' with them"
+                "place= and memory='least' keep states and stages, no graphs; use store='stages' "
+                "with them"
             )
 
     def forward_field(
@@ -148,7 +150,7 @@ class Symplectic(Strategy):
                     "place=Host() is the memory in which a solve on the CPU works, so that a "
                     "budget could not limit it; use place=Disk(folder), or leave memory= out"
                 )
-        most = What.STATE if self.store == "steps" else What.STAGES
+        most = What(_STORES.index(self.store))
         if self.place is None:
             return Ledger(stepper, Thinning(1), [Device().open()], most, settle)
         stores = [Device().open(), self.place.open()]
