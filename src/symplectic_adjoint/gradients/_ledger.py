@@ -143,7 +143,8 @@ class Ledger(Sequence[Record]):
             self.ends[n] = end
             self.traces += _bytes(end)
         self.settle(self.plan, n + 1, self.traces, sizes.state)
-        self.plan.capacity = max(self.plan.capacity - self._in_flight, sizes.state)
+        if self._in_flight:
+            self.plan.capacity = max(self.plan.capacity - self._in_flight, sizes.state)
         graphs = [stage.graph for stage in self.stepper.stages(step)]
         for action in self.plan.took(n, sizes):
             if isinstance(action, Keep) and action.what == What.GRAPH:
@@ -197,7 +198,9 @@ class Ledger(Sequence[Record]):
                 self._drop(n)
                 self._put(n, saved, what, where)
             case Drop(n):
-                self._drop(n)
+                # A step that was not accepted, since a store failed, may not have got into one.
+                if n < self.steps or n in self.where:
+                    self._drop(n)
             case _:
                 raise AssertionError(action)
 
