@@ -118,6 +118,34 @@ def test_an_adaptive_solve_with_jumps_outputs_and_an_event_is_thinned_exactly() 
     assert counts[0] > counts[1] > 0 == counts[2]
 
 
+@pytest.mark.parametrize(("method", "tolerance"), [("dopri5", 1e-9), ("alf", 1e-5)])
+def test_steps_that_are_taken_again_begin_anew_where_func_jumps(
+    method: str, tolerance: float
+) -> None:
+    rate = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    y0 = torch.ones(20, dtype=torch.float64, requires_grad=True)
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return rate * torch.sin(3 * y) + torch.where(t < 0.5, 1.0, -2.0) * torch.cos(y)
+
+    def run(strategy: Strategy) -> tuple[Tensor, int]:
+        # The jump, at a step's end, lies between two of the few states that are kept.
+        controller = sa.Adaptive(jump_t=[0.5])
+        options: dict[str, Any] = {"method": method, "controller": controller}
+        options |= {"rtol": tolerance, "atol": tolerance}
+        sol = sa.solve(func, y0, [0.0, 1.0], gradient=strategy, **options)
+        grads = torch.autograd.grad(sol.y[-1].sum(), [y0, rate])
+        steps.append(sol.stats.accepted)
+        return torch.cat([g.reshape(-1) for g in grads]), sol.stats.backward_retaken
+
+    steps: list[int] = []
+    wanted, _ = run(sa.Symplectic())
+    room = steps[0] * 24 + 6 * y0.nbytes
+    found, again = run(sa.Symplectic("steps", memory=smallest(run) + room))
+    assert again > 5
+    assert torch.equal(found, wanted)
+
+
 def test_random_numbers_are_drawn_again_when_steps_are_taken_again() -> None:
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 4)).double()
     y0 = torch.ones(3, 4, dtype=torch.float64, requires_grad=True)
