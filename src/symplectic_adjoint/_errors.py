@@ -18,6 +18,8 @@ class Status(enum.Enum):
     EVENT = "event"
     NO_EVENT = "no event"
     NO_CONVERGENCE = "no convergence"
+    NO_MEMORY = "no memory"
+    NO_STORE = "no store"
 
 
 class SymplecticAdjointError(Exception):
@@ -143,3 +145,23 @@ class NonlinearSolveError(SolveError):
     """The equations of an implicit step, or of its transpose, were not solved."""
 
     status = Status.NO_CONVERGENCE
+
+
+class MemoryBudgetError(SolveError):
+    """What has to be kept of a solve exceeds its budget.
+
+    Attributes:
+        needed: The least budget, in bytes, that would do.
+    """
+
+    status = Status.NO_MEMORY
+
+    def __init__(self, message: str, needed: int) -> None:
+        super().__init__(message)
+        self.needed = needed
+
+
+class StoreError(SolveError):
+    """A store could not be opened, written or read; what was kept before is still there."""
+
+    status = Status.NO_STORE
