@@ -38,6 +38,7 @@ class SolverOptions:
         atol: Absolute tolerance.
         gradient: Gradient strategy, by name or as an object.
         controller: Step size control; None takes the method's own.
+        execution: Whether to compile.
     """
 
     method: str | None = "dopri5"
@@ -45,6 +46,7 @@ class SolverOptions:
     atol: float = 1e-5
     gradient: Any = "symplectic"
     controller: Any = None
+    execution: str = "eager"
 
 
 class Flow(NamedTuple):
@@ -311,6 +313,7 @@ class ContinuousFlow(nn.Module):
             atol=options.atol,
             controller=options.controller if grid is None else FixedGrid(),
             gradient=options.gradient,
+            execution=options.execution,
         )
 
 
