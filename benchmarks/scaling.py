@@ -16,7 +16,6 @@ from benchmarks.suite import Report, brief, machine
 ENTRIES = (
     "torchdiffeq/backprop",
     "torchdiffeq/adjoint",
-    "diffrax/recursive",
     "ours/symplectic-stages",
     "ours/symplectic-stages/loop",
     "ours/symplectic-steps",
