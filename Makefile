@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 EXTRAS_cli := cli
-EXTRAS_dev := cli,scipy,bench,dev
+EXTRAS_dev := cli,data,scipy,bench,dev
 EXTRAS_docs := cli,docs
 
 # A stamp counts only for a venv that was made in this place and still has its Python.

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def methods() -> str:
     """The table of methods, and where each comes from."""
-    from symplectic_adjoint import tableaus
+    from symplectic_adjoint import splitting, tableaus
+    from symplectic_adjoint.steppers import Partitioned
 
     found = sorted(map(tableaus.get, tableaus.names()), key=lambda each: (each.order, each.name))
     rows = []
@@ -44,8 +46,13 @@ def methods() -> str:
                 f"order {each.interpolant.order}" + (f", {extra} extra" if extra else ""),
             )
         )
+    for each in map(splitting.get, splitting.names()):
+        work = Partitioned(each).work
+        cost, dense = work.inner + work.node, f"order {min(3, each.order)}, {work.extra} extra"
+        rows.append((f"`{each.name}`", each.order, "fixed grid, (q, p)", cost, dense))
     titles = ("name", "order", "steps", "evaluations per step", "dense output")
-    sources = "\n".join(f"- `{each.name}`: {each.citation}" for each in found)
+    cited = [*found, *map(splitting.get, splitting.names())]
+    sources = "\n".join(f"- `{each.name}`: {each.citation}" for each in cited)
     return f'{table(titles, rows)}\n\n??? note "Sources"\n{indent(sources)}'
 
 
@@ -62,9 +69,9 @@ def strategies() -> str:
     return table(("`gradient=`", "exact", "method", "what it does"), rows)
 
 
-def compare_help() -> str:
-    """What ``symplectic-adjoint compare --help`` prints."""
-    command = [str(Path(sys.executable).with_name("symplectic-adjoint")), "compare", "--help"]
+def command_help(*words: str) -> str:
+    """What ``symplectic-adjoint WORDS --help`` prints."""
+    command = [str(Path(sys.executable).with_name("symplectic-adjoint")), *words, "--help"]
     plain = {**os.environ, "COLUMNS": "86", "NO_COLOR": "1", "TERM": "dumb"}
     result = subprocess.run(command, env=plain, capture_output=True, text=True, check=True)
     return f"```text\n{result.stdout.strip()}\n```"
@@ -82,7 +89,8 @@ def indent(text: str) -> str:
 
 
 GENERATORS: dict[str, Callable[[], str]] = {
-    "compare_help": compare_help,
+    "compare_help": partial(command_help, "compare"),
     "methods": methods,
+    "reproduce_density_help": partial(command_help, "reproduce", "density"),
     "strategies": strategies,
 }

@@ -45,6 +45,33 @@ class Net(nn.Module):
         return gain * (hidden @ self.outer.T) - 0.5 * y
 
 
+class Separable(nn.Module):
+    """``dq/dt = v(t, p)``, ``dp/dt = g(t, q)`` on states (batch, dim) of q and p side by side."""
+
+    def __init__(self, dim: int = 4, hidden: int = 5, seed: int = 0) -> None:
+        super().__init__()
+        self.v = Net(dim // 2, hidden, seed)
+        self.g = Net(dim // 2, hidden, seed + 1)
+
+    def forward(self, t: Tensor, y: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        q, p = y.chunk(2, -1)
+        return torch.cat([self.v(t, p, gain), self.g(t, q)], -1)
+
+
+class SeparableTree(nn.Module):
+    """The same on a pytree state ``{"q": (batch, dim), "p": [(batch, dim), ()]}``."""
+
+    def __init__(self, dim: int = 4, hidden: int = 5, seed: int = 0) -> None:
+        super().__init__()
+        self.v = Net(dim, hidden, seed)
+        self.g = Net(dim, hidden, seed + 1)
+
+    def forward(self, t: Tensor, state: Any, gain: Tensor | float = 1.0) -> Any:
+        p, level = state["p"]
+        dp = [self.g(t, state["q"]), torch.cos(t + state["q"].sum())]
+        return {"q": self.v(t, p, gain) * torch.sigmoid(level), "p": dp}
+
+
 class Coupled(nn.Module):
     """The same network on a dict state ``{"fast": (batch, dim), "slow": [(), (2,)]}``."""
 
@@ -122,6 +149,7 @@ class Case:
 def case(
     *,
     tree: bool = False,
+    separable: bool = False,
     times: Sequence[float] = (0.0, 1.2),
     wants_time: bool = False,
     batch: int = 2,
@@ -135,9 +163,15 @@ def case(
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_()
 
-    module: nn.Module = (Coupled if tree else Net)(dim, hidden, seed)
+    dim += dim % 2 if separable else 0
+    kinds: dict[bool, Callable[..., nn.Module]] = {False: Net, True: Coupled}
+    if separable:
+        kinds = {False: Separable, True: SeparableTree}
+    module = kinds[tree](dim, hidden, seed)
     y0: Any = leaf(batch, dim)
-    if tree:
+    if tree and separable:
+        y0 = {"q": y0, "p": [leaf(batch, dim), leaf()]}
+    elif tree:
         y0 = {"fast": y0, "slow": [leaf(), leaf(2)]}
     gain = torch.tensor(1.1, dtype=torch.float64, requires_grad=True)
     t = torch.tensor(times, dtype=torch.float64, requires_grad=wants_time)
@@ -215,5 +249,23 @@ def known() -> Known:
         radius = (1 + 0.5 * torch.exp(0.6 * torch.cos(t))) ** -0.5
         angle = 2.5 * t + 0.75 * torch.sin(t)
         return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
+
+    return Known(func, solution, (0.3, 2.3))
+
+
+def known_separable() -> Known:
+    """``q' = v(t, p)``, ``p' = g(t, q)``, both non-linear and driven so that the solution is known.
+
+    ``q = sin 2t + 1/4 t``, ``p = cos t - 1/2 t``.
+    """
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        q, p = solution(t.unsqueeze(0))[0].unbind()
+        moved = torch.tanh(y[1]) - torch.tanh(p) + 2 * torch.cos(2 * t) + 0.25
+        pushed = 2 * (torch.sin(q) - torch.sin(y[0])) - torch.sin(t) - 0.5
+        return torch.stack([moved, pushed])
+
+    def solution(t: Tensor) -> Tensor:
+        return torch.stack([torch.sin(2 * t) + 0.25 * t, torch.cos(t) - 0.5 * t], dim=-1)
 
     return Known(func, solution, (0.3, 2.3))

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import symplectic_adjoint as sa
+from symplectic_adjoint import datasets
+from symplectic_adjoint.datasets import Dataset
+from symplectic_adjoint.experiments.config import CompareConfig, ConfigError
+from symplectic_adjoint.experiments.pages import Page
+from symplectic_adjoint.experiments.parallel import ALONE, World
+from symplectic_adjoint.experiments.sweep import Cell, Outcome, Record, Sweep, Work
+from symplectic_adjoint.experiments.train import Session
 from tests import problems
 
 HALF = 3
@@ -199,6 +208,71 @@ def refused(kind: str) -> Figures:
     return {"message": ""}
 
 
+def trained(strategy: str, data: Dataset) -> Figures:
+    """A flow trained by both ranks, and by one alone, from the same seed."""
+    config = CompareConfig(
+        data=data.name,
+        iterations=3,
+        batch_size=15,
+        blocks=1,
+        hidden=(6,),
+        dtype="float64",
+        evaluate_every=3,
+        noise="gaussian",
+        learning_rate=0.1,
+    )
+    world = World(dist.get_rank(), dist.get_world_size())
+    together, alone = (Session(config, strategy, data, w) for w in (world, ALONE))
+    for session in (together, alone):
+        while not session.finished:
+            session.step()
+    pairs = zip(together.model.parameters(), alone.model.parameters(), strict=True)
+    parameters = [((ours - theirs).norm() / theirs.norm()).item() for ours, theirs in pairs]
+    scores = [abs(a / b - 1) for a, b in zip(together.history.nll, alone.history.nll, strict=True)]
+    scores.append(abs(together.test()[0] / alone.test()[0] - 1))
+    steps = [(s.history.accepted, s.history.rejected) for s in (together, alone)]
+    moved = abs(alone.history.nll[-1] - alone.history.nll[0])
+    return {"error": max(*parameters, *scores), "steps": steps, "moved": moved}
+
+
+class Shared:
+    """A study of one cell for all processes and one for the first of them."""
+
+    name = "shared"
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def cells(self) -> list[Cell]:
+        return [Cell("all", {}, together=True), Cell("one", {})]
+
+    def run(self, cell: Cell, work: Work) -> Outcome:
+        return Outcome({"ranks": work.world.total(1.0 + work.world.rank)})
+
+    def page(self, records: Mapping[str, Record]) -> Page:
+        return Page("Shared", "", [])
+
+
+class Quiet:
+    def measuring(self, done: int, total: int, what: str) -> None:
+        pass
+
+
+def studied() -> Figures:
+    """A study under two processes, one of which writes."""
+    world = World(dist.get_rank(), dist.get_world_size())
+    path = Path(world.agree(tempfile.mkdtemp())) / "run"
+    for resume in (False, True):
+        sweep = Sweep(Shared(), path, world)
+        sweep.prepare(resume=resume, overwrite=False)
+        records = sweep.run(Quiet())
+    try:
+        Sweep(Shared(), path).prepare(resume=True, overwrite=False)
+    except ConfigError as caught:
+        message = str(caught)
+    return {"message": message, **{name: r.result for name, r in records.items()}}
+
+
 def cases() -> dict[str, Callable[[], Figures]]:
     found: dict[str, Callable[[], Figures]] = {}
 
@@ -218,6 +292,10 @@ def cases() -> dict[str, Callable[[], Figures]]:
     add("sharded field, replicated symplectic", sharded, "symplectic", "field, replicated")
     add("refused mixed precision", refused, "mixed precision")
     add("refused gathered", refused, "gathered")
+    data = datasets.stand_in("gas", rows=(60, 10, 11))
+    for strategy in ("backprop", "symplectic", "continuous", "mali"):
+        add(f"trained {strategy}", trained, strategy, data)
+    add("studied", studied)
     return found
 
 

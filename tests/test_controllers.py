@@ -19,6 +19,7 @@ from symplectic_adjoint import steppers
 from symplectic_adjoint.controllers import Setting
 from symplectic_adjoint.controllers.adaptive import AdaptivePace
 from symplectic_adjoint.field import GraphField
+from tests.conformance.registry import METHODS
 
 ADAPTIVE = [name for name in steppers.names() if steppers.get(name).error_order is not None]
 
@@ -483,7 +484,7 @@ def test_step_size_and_grid_exclude_each_other() -> None:
         sa.FixedGrid(step_size=0.1, grid_constructor=lambda func, y0, t: t)
 
 
-@pytest.mark.parametrize("method", steppers.names())
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_fixed_steps(method: str) -> None:
     # With its default order the explicit Adams method is stable for much smaller steps only.
     chosen = sa.ExplicitAdams(max_order=4) if method == "explicit_adams" else method

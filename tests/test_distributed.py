@@ -85,6 +85,25 @@ def test_what_a_sharded_field_cannot_do_is_said(figures: dict[str, Any]) -> None
     assert "reshard()" in found["refused gathered"]["message"]
 
 
+@pytest.mark.xdist_group("torchrun")
+def test_two_processes_train_the_flow_that_one_trains(figures: dict[str, Any]) -> None:
+    """Up to rounding: all take the steps that one would take with all rows."""
+    for name, found in of(figures, "trained").items():
+        assert found["error"] <= BOUND, name
+        assert found["steps"][0] == found["steps"][1], name
+        assert found["moved"] > 0.05, f"{name}: nothing was learned"
+
+
+@pytest.mark.xdist_group("torchrun")
+def test_a_study_is_shared_by_the_processes_and_resumed_by_as_many(
+    figures: dict[str, Any],
+) -> None:
+    found = figures["studied"]
+    assert found["all"] == {"ranks": 3.0}
+    assert found["one"] == {"ranks": 1.0}
+    assert "the stopped run had 2 processes, not 1" in found["message"]
+
+
 def test_the_example_learns_on_two_processes() -> None:
     printed = torchrun("examples/train_distributed.py", "--iterations", "60")
     losses = re.search(r"first iteration ([\d.]+), of the last ([\d.]+)", printed)

@@ -545,6 +545,8 @@ def test_every_error_is_of_the_library_and_says_more_than_its_type() -> None:
         sa.StepLimitError,
         sa.EventNotFoundError,
         sa.NonlinearSolveError,
+        sa.MemoryBudgetError,
+        sa.StoreError,
     )
     assert {kind.status for kind in failures} == set(sa.Status) - {
         sa.Status.SUCCESS,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import symplectic_adjoint as sa
 from symplectic_adjoint.execution.lift import lift
 from symplectic_adjoint.gradients import Strategy
+from symplectic_adjoint.models.cnf import CNF, SolverOptions
 from tests import problems
 
 OPTIONS: dict[str, Any] = {"method": "bosh3", "rtol": 1e-4, "atol": 1e-6}
@@ -481,3 +482,18 @@ def test_a_size_that_func_makes_a_constant_is_no_symbol() -> None:
         sizes.append(sorted(lift(func, func, y0).graph.state_dims))
     # The batch has changed once; the width means other weights, whatever it is.
     assert sizes == [[], [0], [0], [0]]
+
+
+def test_a_flow_with_a_divergence_inside_is_compiled() -> None:
+    results = []
+    for execution in ("loop", "eager"):
+        torch.manual_seed(0)
+        solver = SolverOptions(method="bosh3", execution=execution)
+        flow = CNF(2, hidden=(4,), solver=solver).double()
+        for parameter in flow.parameters():
+            nn.init.normal_(parameter, std=0.5)  # the identity that it begins with tells nothing
+        x, noise = (torch.randn(*shape, 3, 2, dtype=torch.float64) for shape in ((), (1,)))
+        loss = flow.log_prob(x, noise).sum()
+        results.append([loss, *torch.autograd.grad(loss, list(flow.parameters()))])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() <= 1e-9 * theirs.norm()

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from symplectic_adjoint import datasets
 from symplectic_adjoint._errors import ArgumentError, UnknownNameError
+from symplectic_adjoint.controllers import Adaptive
 from symplectic_adjoint.datasets import Dataset
 from symplectic_adjoint.datasets.base import make_dataset
 from symplectic_adjoint.experiments import files, plots
@@ -22,6 +24,7 @@ from symplectic_adjoint.experiments.compare import Comparison, RunInterruptedErr
 from symplectic_adjoint.experiments.config import STRATEGIES, CompareConfig, ConfigError
 from symplectic_adjoint.experiments.files import RunFolder, RunFolderError
 from symplectic_adjoint.experiments.measure import SWEEP_STEPS, Probe, sweep_memory
+from symplectic_adjoint.experiments.parallel import World
 from symplectic_adjoint.experiments.report import command
 from symplectic_adjoint.experiments.results import Results, summarise
 from symplectic_adjoint.experiments.table import HEADINGS, findings, notes, row
@@ -31,7 +34,9 @@ from symplectic_adjoint.experiments.train import (
     batch_of,
     build_model,
     noise_of,
+    prepared,
 )
+from symplectic_adjoint.models import ImageCNF
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -261,7 +266,10 @@ def test_a_batch_larger_than_the_data_is_all_of_it(table: str) -> None:
 
 def test_strategies_start_alike_and_see_the_same_noise(table: str) -> None:
     config = _config(table)
-    first, second = build_model(config, "backprop", 2), build_model(config, "mali", 2)
+    first, second = (
+        build_model(config, "backprop", datasets.load(table)),
+        build_model(config, "mali", datasets.load(table)),
+    )
     states = first.state_dict(), second.state_dict()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     batch = torch.zeros(4, 2)
@@ -273,7 +281,7 @@ def test_building_a_model_leaves_the_global_generator_alone(table: str) -> None:
     torch.manual_seed(1)
     expected = torch.randn(1)
     torch.manual_seed(1)
-    build_model(_config(table), "aca", 2)
+    build_model(_config(table), "aca", datasets.load(table))
     assert torch.equal(torch.randn(1), expected)
 
 
@@ -429,7 +437,7 @@ def test_the_sweep_tells_memory_at_growing_numbers_of_steps(
 
 def test_a_sweep_stops_at_the_tolerance_that_needs_too_many_steps(table: str) -> None:
     config = _config(table, strategies=("mali",))
-    model = build_model(config, "mali", 2)
+    model = build_model(config, "mali", datasets.load(table))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     batch = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
@@ -554,7 +562,7 @@ def test_the_summary_has_no_gaussian_where_columns_depend_on_each_other() -> Non
 
 def test_the_heat_map_is_the_density_in_the_original_coordinates(table: str) -> None:
     data: Dataset = datasets.load(table)
-    model = build_model(_config(table), "backprop", 2)
+    model = build_model(_config(table), "backprop", datasets.load(table))
     low, high = data.mean - 6 * data.scale, data.mean + 6 * data.scale
     extent = (float(low[0]), float(high[0]), float(low[1]), float(high[1]))
     density = plots.density_map(data, model, extent)
@@ -566,8 +574,42 @@ def test_the_heat_map_is_the_density_in_the_original_coordinates(table: str) -> 
 def test_images_get_a_figure_of_samples(tmp_path: Path) -> None:
     data = datasets.load("digits")
     config = _config("digits", iterations=1, strategies=("backprop",))
-    model = build_model(config, "backprop", data.dim)
+    model = build_model(config, "backprop", data)
     with plots.style():
         figure = plots.samples(data, (8, 8), {"backprop": model})
     assert plots.png(figure).startswith(PNG)
     assert len(figure.axes) == 20
+
+
+# --- flows of images
+
+
+def test_a_flow_of_images_is_trained_on_pixels_between_zero_and_one() -> None:
+    config = CompareConfig(
+        model="conv",
+        hidden=(2,),
+        blocks=1,
+        batch_size=8,
+        iterations=1,
+        rtol=1e-2,
+        atol=1e-2,
+        max_steps=50,
+    )
+    data = datasets.load("digits")
+    data = prepared(replace(data, validation=data.validation[:8]), config)
+    assert data.log_scale == 0
+    session = Session(config, "symplectic", data)
+    session.step()
+    assert isinstance(session.model, ImageCNF)
+    assert session.model.solver.controller == Adaptive(max_steps=50)
+    assert session.history.validation[1][1] < session.history.validation[0][1]
+
+
+def test_a_flow_of_images_needs_images(table: str) -> None:
+    with pytest.raises(ConfigError, match="model='conv' needs images"):
+        Session(_config(table, model="conv"), "symplectic", datasets.load(table))
+
+
+def test_more_processes_than_rows_are_refused(table: str) -> None:
+    with pytest.raises(ConfigError, match="batch or split of 2 rows is too small for 4 processes"):
+        Session(_config(table, batch_size=2), "aca", datasets.load(table), World(0, 4))

@@ -24,8 +24,8 @@ from symplectic_adjoint.gradients import Strategy
 from symplectic_adjoint.loop import Outputs, OutputTimes, Run, Stats, integrate, run
 from symplectic_adjoint.progress import Meter
 from symplectic_adjoint.steppers._base import Work
+from tests.conformance.registry import METHODS
 
-METHODS = steppers.names()
 ADAPTIVE = [name for name in METHODS if steppers.get(name).error_order is not None]
 STRATEGIES: list[Any] = [
     *(pytest.param(gradients.get(name), id=name) for name in gradients.names()),

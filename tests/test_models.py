@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from symplectic_adjoint._errors import ArgumentError, UnknownNameError
-from symplectic_adjoint.models import CNF, Concat, ConcatSquash, SolverOptions, TimeMLP
+from symplectic_adjoint.controllers import FixedGrid
+from symplectic_adjoint.models import (
+    CNF,
+    Concat,
+    ConcatSquash,
+    ConcatSquashConv2d,
+    ContinuousFlow,
+    FlowDistribution,
+    ImageCNF,
+    SolverOptions,
+    TimeMLP,
+    bits_per_pixel,
+)
 from symplectic_adjoint.models.cnf import (
     exact_divergence,
     hutchinson_divergence,
@@ -161,6 +174,21 @@ def test_noise_is_that_of_its_distribution_and_of_its_seed() -> None:
     assert len(normal.unique()) > 1000
 
 
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_gradients_of_a_flow_in_forward_mode_are_those_of_backpropagation(trace: Any) -> None:
+    x = torch.randn(3, 3, dtype=torch.float64)
+
+    def gradients_by(strategy: str) -> list[Tensor]:
+        solver = SolverOptions(method="midpoint", controller=FixedGrid(step_size=0.5))
+        flow = _flow(trace=trace, solver=replace(solver, gradient=strategy))
+        noise = flow.draw_noise(x, torch.Generator().manual_seed(2))
+        loss = flow.log_prob(x, noise).sum()
+        return list(torch.autograd.grad(loss, list(flow.parameters())))
+
+    for got, wanted in zip(gradients_by("forward"), gradients_by("backprop"), strict=True):
+        assert float((got - wanted).norm()) <= 1e-12 * float(wanted.norm())
+
+
 def test_samples_map_back_to_their_base_samples() -> None:
     flow = _flow(blocks=2, trace="exact")
     samples = flow.sample(6, torch.Generator().manual_seed(3))
@@ -169,28 +197,183 @@ def test_samples_map_back_to_their_base_samples() -> None:
     torch.testing.assert_close(flow.transform(samples).z, base, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("trace", ["hutchinson", "exact"])
+def _images(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(count, 16, dtype=torch.float64, generator=generator)
+
+
+def _image_flow(**options: Any) -> ImageCNF:
+    """A flow of 4 x 4 images on two scales, away from the identity."""
+    torch.manual_seed(0)
+    wanted = {"hidden": (3,), "scales": 2, "blocks": 1, "activation": "tanh", "solver": TIGHT}
+    flow = ImageCNF((4, 4), **{**wanted, **options}).double()
+    for parameter in flow.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return flow
+
+
+KINDS: dict[str, Callable[..., ContinuousFlow]] = {
+    "rademacher": lambda **o: _flow(blocks=2, **o),
+    "gaussian": lambda **o: _flow(noise="gaussian", **o),
+    "exact trace": lambda **o: _flow(blocks=2, trace="exact", **o),
+    "context": lambda **o: _flow(context=2, **o),
+    "images": _image_flow,
+    "images, exact trace, context": lambda **o: _image_flow(trace="exact", context=2, **o),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_gradients_of_every_strategy_match_backprop_on_the_same_steps(
-    strategy: str, trace: Any
+    strategy: str, kind: str
 ) -> None:
     solver = SolverOptions(None, 1e-4, 1e-4, strategy)
-    flow = _flow(blocks=2, trace=trace, solver=solver)
-    x, noise = _rows(5), flow.draw_noise(_rows(5), torch.Generator().manual_seed(0))
-    solution = flow.transform(x, noise)
-    (standard_normal_log_prob(solution.z) + solution.log_det).mean().backward()
-    exact = copy.deepcopy(flow)
-    exact.zero_grad()
+    flow = KINDS[kind](solver=solver)
+    x = _images(3) if isinstance(flow, ImageCNF) else _rows(5)
+    noise = flow.draw_noise(x, torch.Generator().manual_seed(0))
+    context = torch.randn(len(x), 2).double().requires_grad_() if flow.context else None
+    leaves = [*flow.parameters(), *([] if context is None else [context])]
+    solution = flow.transform(x, noise, context=context)
+    loss = (standard_normal_log_prob(solution.z) + solution.log_det).mean()
+    found = torch.autograd.grad(loss, leaves)
     method = "alf" if strategy == "mali" else "dopri5"
-    exact.solver = replace(solver, method=method, gradient="backprop")
-    replayed = exact.transform(x, noise, [s.steps for s in solution.solutions])
-    (standard_normal_log_prob(replayed.z) + replayed.log_det).mean().backward()
+    flow.solver = replace(solver, method=method, gradient="backprop")
+    replayed = flow.transform(x, noise, [s.steps for s in solution.solutions], context)
+    loss = (standard_normal_log_prob(replayed.z) + replayed.log_det).mean()
     torch.testing.assert_close(replayed.z, solution.z)
     tolerance = 1e-2 if strategy == "continuous" else 1e-11
-    for ours, reference in zip(flow.parameters(), exact.parameters(), strict=True):
-        assert ours.grad is not None
-        distance = torch.linalg.vector_norm(ours.grad - reference.grad)
-        assert distance <= tolerance * torch.linalg.vector_norm(reference.grad)
+    for ours, reference in zip(found, torch.autograd.grad(loss, leaves), strict=True):
+        distance = torch.linalg.vector_norm(ours - reference)
+        assert distance <= tolerance * torch.linalg.vector_norm(reference)
+
+
+@pytest.mark.parametrize("kind", ["exact trace", "context", "images"])
+@pytest.mark.parametrize("strategy", ["symplectic", "mali"])
+def test_gradients_through_samples_match_backprop_on_the_same_grid(
+    strategy: str, kind: str
+) -> None:
+    method = "alf" if strategy == "mali" else "bosh3"
+    solver = SolverOptions(method, 1e-4, 1e-4, strategy, FixedGrid(step_size=0.25))
+    flow = KINDS[kind](solver=solver)
+    context = torch.randn(3, 2).double().requires_grad_() if flow.context else None
+    leaves = [*flow.parameters(), *([] if context is None else [context])]
+    found = []
+    for gradient in (strategy, "backprop"):
+        flow.solver = replace(solver, gradient=gradient)
+        samples = flow.rsample(3, torch.Generator().manual_seed(0), context)
+        loss = (samples * torch.linspace(0, 1, samples.numel()).view_as(samples)).square().sum()
+        found.append(torch.autograd.grad(loss, leaves))
+    for ours, reference in zip(*found, strict=True):
+        distance = torch.linalg.vector_norm(ours - reference)
+        assert distance <= 1e-12 * torch.linalg.vector_norm(reference)
+        assert torch.linalg.vector_norm(reference) > 0
+
+
+def test_the_log_determinant_of_images_is_that_of_the_map() -> None:
+    solver = SolverOptions(rtol=1e-6, atol=1e-6, gradient="backprop")
+    flow = _image_flow(trace="exact", solver=solver)
+    x = _images(1).requires_grad_()
+    z, log_det, _ = flow.transform(x)
+    rows = [torch.autograd.grad(entry, x, retain_graph=True)[0][0] for entry in z[0]]
+    expected = torch.linalg.slogdet(torch.stack(rows)).logabsdet
+    assert log_det.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_images_map_back_to_their_base_samples() -> None:
+    flow = _image_flow(trace="exact")
+    samples = flow.sample(6, torch.Generator().manual_seed(3))
+    base = torch.randn(6, 16, generator=torch.Generator().manual_seed(3)).double()
+    # Where the flow leaves the image of (0, 1) under the logit, a pixel is taken back to its edge.
+    inside = ((samples > 0) & (samples < 1)).all(1)
+    assert int(inside.sum()) >= 2
+    z = flow.transform(samples[inside]).z
+    torch.testing.assert_close(z, base[inside], rtol=1e-6, atol=1e-6)
+
+
+def test_a_conditional_density_integrates_to_one_at_every_context_and_depends_on_it() -> None:
+    flow = _flow(2, trace="exact", context=1, solver=SolverOptions(rtol=1e-6, atol=1e-6))
+    axis = torch.linspace(-8, 8, 121, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    densities = []
+    for value in (-1.0, 1.0):
+        with torch.no_grad():
+            context = grid.new_full((len(grid), 1), value)
+            densities.append(flow.log_prob(grid, context=context).exp())
+        total = densities[-1].sum() * (axis[1] - axis[0]) ** 2
+        assert float(total) == pytest.approx(1.0, abs=1e-4)
+    assert (densities[0] - densities[1]).abs().max() > 0.01
+
+
+def test_halves_of_the_channels_leave_between_the_scales() -> None:
+    layouts = ImageCNF((28, 28), hidden=(2,), scales=3, blocks=2).layouts
+    shapes = [layout.shape for layout in layouts]
+    assert shapes == [(1, 28, 28)] * 2 + [(4, 14, 14)] * 2 + [(8, 7, 7)] * 2
+    assert [layout.left for layout in layouts] == [0, 0, 0, 0, 2 * 14 * 14, 0]
+
+
+def test_a_distribution_is_one_of_torchs() -> None:
+    flow = _flow(2, trace="exact", context=2)
+    context = torch.randn(3, 2).double()
+    distribution = flow.distribution(context)
+    assert (distribution.batch_shape, distribution.event_shape) == ((3,), (2,))
+    samples = distribution.rsample((4,))
+    assert samples.shape == (4, 3, 2)
+    assert samples.requires_grad
+    assert not distribution.sample((4,)).requires_grad
+    scores = distribution.log_prob(samples)
+    rows = flow.log_prob(samples.reshape(12, 2), context=context.repeat(4, 1))
+    torch.testing.assert_close(scores, rows.reshape(4, 3))
+    # One value is scored at every context.
+    value = _rows(1, 2)[0]
+    each = torch.stack([flow.log_prob(value[None], context=c[None])[0] for c in context])
+    torch.testing.assert_close(distribution.log_prob(value), each, rtol=1e-6, atol=1e-6)
+    assert distribution.expand((5, 3)).sample().shape == (5, 3, 2)
+    mixture = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.ones(3).double()), distribution
+    )
+    expected = torch.logsumexp(each, 0) - math.log(3)
+    torch.testing.assert_close(mixture.log_prob(value), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_distribution_checks_what_it_is_given() -> None:
+    plain, conditional = _flow(2), _flow(2, context=2)
+    with pytest.raises(ValueError, match="the flow has no context"):
+        plain.distribution(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"must have shape \(\.\.\., 2\)"):
+        conditional.distribution()
+    with pytest.raises(ValueError, match="within the support"):
+        FlowDistribution(_image_flow(), validate_args=True).log_prob(2 * torch.ones(16).double())
+    with pytest.raises(ValueError, match="support"):
+        FlowDistribution(plain, validate_args=True).log_prob(torch.full((2,), math.nan).double())
+
+
+def test_contexts_and_images_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"context must have shape \(4, 2\), got None"):
+        _flow(context=2).log_prob(_rows(4))
+    with pytest.raises(ArgumentError, match=r"context must have shape None, got \(4, 2\)"):
+        _flow().log_prob(_rows(4), context=torch.zeros(4, 2).double())
+    with pytest.raises(ArgumentError, match="pixels must lie between 0 and 1, got 0 to 2"):
+        _image_flow().log_prob(torch.tensor([[0.0, 2.0] * 8]).double())
+    with pytest.raises(ArgumentError, match=r"\(1, 6, 6\) cannot be halved 2 times"):
+        ImageCNF((6, 6), scales=3)
+    with pytest.raises(ArgumentError, match=r"alpha=0\.5"):
+        ImageCNF((4, 4), alpha=0.5)
+    with pytest.raises(ArgumentError, match="scales=0"):
+        ImageCNF((4, 4), scales=0)
+
+
+def test_the_convolution_gates_and_shifts_each_channel() -> None:
+    layer = ConcatSquashConv2d(2, 3)
+    t, x = torch.tensor(0.7), torch.randn(5, 2, 4, 4)
+    gate = torch.sigmoid(0.7 * layer.gate_slope + layer.gate_offset)
+    expected = layer.linear(x) * gate[:, None, None] + 0.7 * layer.shift[:, None, None]
+    torch.testing.assert_close(layer(t, x), expected)
+
+
+def test_bits_per_pixel_are_those_of_the_grey_levels() -> None:
+    # A uniform density over dequantised pixels is a uniform choice among the levels.
+    assert bits_per_pixel(0.0, 10, 16) == 4.0
+    assert bits_per_pixel(10 * math.log(2), 10, 16) == pytest.approx(5.0)
 
 
 def test_a_trained_flow_fits_better_than_its_base() -> None:

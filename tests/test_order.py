@@ -13,6 +13,8 @@ import torch
 import symplectic_adjoint as sa
 from symplectic_adjoint import steppers
 from tests import problems
+from tests.conformance.registry import METHODS as GENERAL
+from tests.conformance.registry import PARTITIONED
 
 # The orders of Adams methods are an option.
 ADAMS: dict[str, Any] = {
@@ -23,15 +25,16 @@ ADAMS: dict[str, Any] = {
     "implicit_adams, 8, from dopri8": sa.ImplicitAdams(max_order=8, start="dopri8"),
 }
 METHODS: dict[str, Any] = {
-    **{name: steppers.get(name) for name in steppers.names() if "adams" not in name},
+    **{name: steppers.get(name) for name in GENERAL if "adams" not in name},
     **ADAMS,
+    **{name: steppers.get(name) for name in PARTITIONED},
 }
 STOP, ROUNDING = 1e-11, 1e-13
 
 
 def error(method: Any, grid: Sequence[float]) -> float:
     """The greatest error at the step times of a grid."""
-    known = problems.known()
+    known = problems.known_separable() if isinstance(method, sa.Partitioned) else problems.known()
     t = torch.tensor(grid, dtype=torch.float64)
     y0, controller = known.solution(t[:1])[0], sa.FixedGrid()
     sol = sa.solve(known.func, y0, t, method=method, controller=controller, rtol=1e-12, atol=1e-14)

@@ -21,19 +21,23 @@ from symplectic_adjoint._errors import (
     EventOutputError,
     ExecutionWarning,
     FieldOutputError,
+    MemoryBudgetError,
     NonFiniteError,
     NonlinearSolveError,
+    NotSeparableError,
     SecondDerivativeError,
     SolveError,
     Status,
     StepLimitError,
     StepUnderflowError,
+    StoreError,
     SymplecticAdjointError,
     TableauError,
     UnderResolvedWarning,
     UnknownNameError,
 )
 from symplectic_adjoint.api import solve
+from symplectic_adjoint.checkpoints import Device, Disk, Host, Rounded
 from symplectic_adjoint.compat.torchdiffeq import (
     odeint,
     odeint_adjoint,
@@ -57,12 +61,14 @@ from symplectic_adjoint.loop import Stats
 from symplectic_adjoint.models import Autonomous, NeuralODE
 from symplectic_adjoint.rootfind import Newton
 from symplectic_adjoint.solution import Solution
+from symplectic_adjoint.splitting import Splitting
 from symplectic_adjoint.steppers import (
     ALF,
     ExplicitAdams,
     ExplicitRK,
     ImplicitAdams,
     ImplicitRK,
+    Partitioned,
     ScipySolver,
 )
 from symplectic_adjoint.threads import single_thread_below
@@ -82,6 +88,8 @@ __all__ = [
     "Continuous",
     "ConvergenceWarning",
     "Crossing",
+    "Device",
+    "Disk",
     "Event",
     "EventGradientError",
     "EventNotFoundError",
@@ -93,22 +101,29 @@ __all__ = [
     "FixedGrid",
     "Forward",
     "GradientCheck",
+    "Host",
     "ImplicitAdams",
     "ImplicitRK",
     "Interpolation",
+    "MemoryBudgetError",
     "NeuralODE",
     "Newton",
     "NonFiniteError",
     "NonlinearSolveError",
+    "NotSeparableError",
+    "Partitioned",
+    "Rounded",
     "ScipySolver",
     "SecondDerivativeError",
     "SensitivityControl",
     "Solution",
     "SolveError",
+    "Splitting",
     "Stats",
     "Status",
     "StepLimitError",
     "StepUnderflowError",
+    "StoreError",
     "Symplectic",
     "SymplecticAdjointError",
     "TableauError",

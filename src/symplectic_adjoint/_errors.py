@@ -18,6 +18,8 @@ class Status(enum.Enum):
     EVENT = "event"
     NO_EVENT = "no event"
     NO_CONVERGENCE = "no convergence"
+    NO_MEMORY = "no memory"
+    NO_STORE = "no store"
 
 
 class SymplecticAdjointError(Exception):
@@ -43,8 +45,12 @@ class UnknownNameError(ArgumentError):
         super().__init__(f"unknown {kind} {name!r}{hint} Valid: {', '.join(map(repr, names))}")
 
 
+class NotSeparableError(ArgumentError):
+    """A splitting method was asked to solve a system whose parts do not move each other alone."""
+
+
 class TableauError(SymplecticAdjointError, ValueError):
-    """A Butcher tableau or interpolant contradicts its declared shape, order or row sums."""
+    """The coefficients of a method contradict its declared shape, order or sums."""
 
 
 class FieldOutputError(SymplecticAdjointError, TypeError):
@@ -139,3 +145,23 @@ class NonlinearSolveError(SolveError):
     """The equations of an implicit step, or of its transpose, were not solved."""
 
     status = Status.NO_CONVERGENCE
+
+
+class MemoryBudgetError(SolveError):
+    """What has to be kept of a solve exceeds its budget.
+
+    Attributes:
+        needed: The least budget, in bytes, that would do.
+    """
+
+    status = Status.NO_MEMORY
+
+    def __init__(self, message: str, needed: int) -> None:
+        super().__init__(message)
+        self.needed = needed
+
+
+class StoreError(SolveError):
+    """A store could not be opened, written or read; what was kept before is still there."""
+
+    status = Status.NO_STORE

@@ -27,7 +27,7 @@ from symplectic_adjoint.gradients._transform import solve_lifted
 from symplectic_adjoint.problem import Problem, as_times, flat_func
 from symplectic_adjoint.progress import reporter
 from symplectic_adjoint.solution import Solution
-from symplectic_adjoint.steppers import ScipySolver, Stepper, within
+from symplectic_adjoint.steppers import ScipySolver, Stepper, fitted, within
 
 EVENT_STEPS = 20_000
 """Limit of an endless solve whose controller sets none."""
@@ -119,6 +119,7 @@ def solve(
         controller = default_controller(stepper)
     arguments, wanted = list(args), Listed(params)
     spec, flat = StateSpec.of(y0)
+    stepper = fitted(stepper, spec)
 
     def job(y0: Tensor, t: Any, capture: Listed) -> Job:
         problem, own = Problem.flat(spec, y0, t, endless=bool(events)), controller

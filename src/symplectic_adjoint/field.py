@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from symplectic_adjoint._errors import FieldOutputError, SymplecticAdjointError
 from symplectic_adjoint._tree import real_dtype
@@ -349,7 +350,14 @@ def _accumulate(output: Tensor, cotangent: Tensor) -> None:
 
 
 class LeafField(DetachedField):
-    """A detached field that keeps the graph of every stage for its pull-back."""
+    """A detached field that keeps the graph of every stage for its pull-back.
+
+    Attributes:
+        keeping: Whether it still does; where not, it is a detached field like any other.
+        tape: Bytes that the graph of the first evaluation has kept beside its point and its value;
+            None before.
+        measured: Called once they are known.
+    """
 
     def __init__(
         self,
@@ -361,12 +369,48 @@ class LeafField(DetachedField):
     ) -> None:
         super().__init__(func, like, aliases, capture)
         self.wants_time = wants_time
+        self.keeping = True
+        self.tape: int | None = None
+        self.measured: Callable[[], None] | None = None
         self.linearize(True)
 
+    def stop_keeping(self) -> None:
+        """Keep no further graphs."""
+        self.keeping = False
+        self.linearize(False)
+
     def _evaluate(self, stage: Stage) -> Tensor:
+        if not self.keeping:
+            return super()._evaluate(stage)
         graph = self.graph(Stage(stage.t, stage.x), self.wants_time)
         foreign = has_tangent(graph.k) or foreign_leaves(graph.k, (graph.t, graph.x, *self.aliases))
         if self.capture is not None and foreign:
             self._rediscover(self.capture, graph.t, graph.x)
-        stage.graph = graph
-        return graph.k.detach()
+        k = graph.k.detach()
+        if self.measured is not None:
+            self.tape = _tape(graph, self.aliases)
+            measured, self.measured = self.measured, None
+            measured()
+        if self.keeping:
+            stage.graph = graph
+        return k
+
+
+def _tape(graph: StageGraph, known: Sequence[Tensor]) -> int:
+    """Bytes that a graph keeps beside its point, its value and what was there before."""
+    found: dict[int, int] = {}
+    nodes, seen = [graph.k.grad_fn], set()
+    while nodes:
+        node: Any = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += (parent for parent, _ in node.next_functions)
+        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for x in pytree.tree_leaves([saved, getattr(node, "saved_tensors", ())]):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+    for x in (graph.x, graph.k, *known):
+        found.pop(x.untyped_storage().data_ptr(), None)
+    return sum(found.values())

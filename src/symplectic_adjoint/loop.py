@@ -80,7 +80,7 @@ class SolveShape:
 
     def evaluations(self, work: Work) -> int:
         """Evaluations of the forward pass, for a method whose steps take ``work``."""
-        count = self.stages(work) + self.rejected * work.inner + self.selected
+        count = self.stages(work) + self.rejected * work.inner + self.selected + work.checks
         if self.adaptive:
             count += (self.accepted + self.rejected) * work.error
             if work.error_node:
@@ -104,6 +104,8 @@ class Stats:
         backward_accepted: Accepted steps of the last backward pass, where it solves an equation of
             its own.
         backward_rejected: Its rejected attempts.
+        backward_retaken: Steps that the last backward pass took again, to get back at states that
+            were not kept.
         further: Of the evaluations, those of iterations and starting steps in accepted steps.
         backward_further: The same, of the last backward pass, where it solves an equation of its
             own.
@@ -125,6 +127,7 @@ class Stats:
     products: int = 0
     backward_accepted: int = 0
     backward_rejected: int = 0
+    backward_retaken: int = 0
     further: int = 0
     backward_further: int = 0
     solver_evaluations: int = 0
@@ -293,6 +296,7 @@ def run(
     result = Run([as_float(state.t)], end=state)
     count = len(output_times.times) + (watch is not None)
     writer = _GraphWriter(state.y) if graph else _Writer(state.y, count)
+    reached = output_times.next
     try:
         for step in steps:
             t1 = as_float(step.t1)
@@ -300,6 +304,8 @@ def run(
                 result.event = event
                 output_times.stop(event.t)
             outputs = output_times.take(t1)
+            if result.outputs and outputs == result.outputs[-1]:
+                outputs = result.outputs[-1]  # most steps hold none: one object for all of them
             if outputs.dense:
                 theta = output_times.places(outputs, step.start.t, step.t1)
                 writer.write(outputs.first, stepper.interpolate(field, step, theta))
@@ -308,6 +314,7 @@ def run(
             keep(len(result.outputs), step, outputs)
             result.nodes.append(t1)
             result.outputs.append(outputs)
+            reached = output_times.next
             result.end = stepper.end(step)
             if report is not None:
                 report(t1)
@@ -316,7 +323,7 @@ def run(
                 break
     except SolveError as error:
         result.error = error
-    result.y = writer.result(output_times.next)
+    result.y = writer.result(reached)
     return result
 
 

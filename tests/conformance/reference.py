@@ -24,6 +24,7 @@ from symplectic_adjoint.steppers import (
     ExplicitRK,
     ImplicitAdams,
     ImplicitRK,
+    Partitioned,
     Stepper,
 )
 from symplectic_adjoint.tableaus import Tableau
@@ -71,6 +72,9 @@ def frozen(
         step = _ImplicitRungeKutta(stepper.tableau, interpolant)
     elif isinstance(stepper, ExplicitAdams | ImplicitAdams):
         step = _Adams(stepper, tolerance)
+    elif isinstance(stepper, Partitioned):
+        branches = pytree.tree_structure(y0).children()
+        step = _Splitting(stepper, branches[0].num_leaves if branches else None)
     else:
         assert stepper.name == "alf", f"write down method {stepper.name!r} here"
         step = _Leapfrog()
@@ -233,6 +237,34 @@ class _Leapfrog:
         y1 = _plus(y, h / 2, [1.0, 1.0], [v, v1])
 
         return (y1, v1), lambda theta: _hermite(theta, h, (y, v), (y1, v1))
+
+
+class _Splitting:
+    """Moves of one part after the other, each with an evaluation of its own, and cubic Hermite."""
+
+    def __init__(self, stepper: Partitioned, first: int | None) -> None:
+        self.splitting = stepper.splitting
+        self.first = first
+
+    def start(self, field: Field, t: Tensor, y: Leaves) -> tuple[Leaves]:
+        return (y,)
+
+    def take(self, field: Field, state: tuple[Leaves], t: Tensor, h: Tensor) -> Any:
+        (y,) = state
+        y1, clocks = y, [0.0, 0.0]
+        for part, weight, _ in self.splitting.moves:
+            k = field(t + clocks[1 - part] * h, y1)
+            y1 = _plus(y1, h, [weight], [[self.masked(x, i, part) for i, x in enumerate(k)]])
+            clocks[part] += weight
+        ends = (y, field(t, y)), (y1, field(t + h, y1))
+        return (y1,), lambda theta: _hermite(theta, h, *ends)
+
+    def masked(self, x: Tensor, i: int, part: int) -> Tensor:
+        if self.first is not None:
+            return x if (i >= self.first) == part else torch.zeros_like(x)
+        halves = list(x.chunk(2, -1))
+        halves[1 - part] = torch.zeros_like(halves[1 - part])
+        return torch.cat(halves, -1)
 
 
 class _Adams:

@@ -27,6 +27,7 @@ from tests.conformance import reference
 from tests.conformance.drawn import Drawn, drawn_cases
 from tests.conformance.registry import (
     IMPLICIT,
+    PARTITIONED,
     QUICK,
     label,
     pacing,
@@ -127,7 +128,12 @@ def solve(
 def test_gradient_equals_that_of_autograd_on_the_frozen_grid(
     method: str, strategy: Strategy, tree: bool, outputs: str, decreasing: bool, wants_time: bool
 ) -> None:
-    problem = {"tree": tree, "times": times(outputs, decreasing), "wants_time": wants_time}
+    problem = {
+        "tree": tree,
+        "separable": method in PARTITIONED,
+        "times": times(outputs, decreasing),
+        "wants_time": wants_time,
+    }
     case = problems.case(**problem)
     controller, tolerance = pacing(steppers.get(method))
     sol = solve(case, method, strategy, controller, tolerance)
@@ -147,6 +153,29 @@ def test_gradient_of_implicit_steps_equals_that_of_autograd_on_the_frozen_grid(
 ) -> None:
     test_gradient_equals_that_of_autograd_on_the_frozen_grid(
         method, strategy, tree, outputs, decreasing, wants_time
+    )
+
+
+@pytest.mark.parametrize(
+    ("tree", "outputs", "decreasing", "wants_time"),
+    [(False, "dense", False, True), (True, "end", False, True), (True, "dense", True, False)],
+)
+@pytest.mark.parametrize(
+    ("method", "strategy"),
+    pairs(REVERSED, ["symplectic_euler", "verlet"]) + pairs(TANGENT, ["verlet"]),
+)
+def test_gradient_of_partitioned_steps_equals_that_of_autograd_on_the_frozen_grid(
+    method: str, strategy: Strategy, tree: bool, outputs: str, decreasing: bool, wants_time: bool
+) -> None:
+    test_gradient_equals_that_of_autograd_on_the_frozen_grid(
+        method, strategy, tree, outputs, decreasing, wants_time
+    )
+
+
+@pytest.mark.parametrize(("method", "strategy"), pairs(REVERSED, PARTITIONED[2:]))
+def test_gradient_of_composed_partitioned_steps_is_exact(method: str, strategy: Strategy) -> None:
+    test_gradient_equals_that_of_autograd_on_the_frozen_grid(
+        method, strategy, tree=True, outputs="dense", decreasing=False, wants_time=True
     )
 
 
@@ -173,12 +202,15 @@ def test_tangents_of_implicit_steps_are_exact(method: str, strategy: Strategy) -
 
 @pytest.mark.parametrize("decreasing", [False, True], ids=["increasing", "decreasing"])
 @pytest.mark.parametrize(
-    ("method", "strategy"), pairs(REVERSED, QUICK) + pairs([sa.Symplectic(), sa.ACA()], IMPLICIT)
+    ("method", "strategy"),
+    pairs(REVERSED, (*QUICK, "symplectic_euler", "yoshida4"))
+    + pairs([sa.Symplectic(), sa.ACA()], IMPLICIT),
 )
 def test_every_time_of_a_grid_that_is_t_has_its_gradient(
     method: str, strategy: Strategy, decreasing: bool
 ) -> None:
-    case = problems.case(times=times("grid", decreasing), wants_time=True)
+    separable = method in PARTITIONED
+    case = problems.case(times=times("grid", decreasing), wants_time=True, separable=separable)
     sol = solve(case, method, strategy, sa.FixedGrid())
     assert torch.equal(sol.steps, case.t.detach())
     assert_equal(case, sol, replayed(case, method, list))

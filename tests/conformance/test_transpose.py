@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from symplectic_adjoint import steppers
 from symplectic_adjoint.field import DetachedField, GraphField
 from symplectic_adjoint.steppers._base import Cotangent, DenseCotangent, Reversal
-from tests.conformance.registry import METHODS
+from tests.conformance.registry import METHODS, PARTITIONED
 from tests.problems import Net
 
 T0, T1 = 0.2, 0.7
@@ -38,7 +38,7 @@ def step_map(
 
 @pytest.mark.parametrize("stored", [True, False], ids=["stages stored", "stages recomputed"])
 @pytest.mark.parametrize("dense", [True, False], ids=["dense outputs", "end only"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *PARTITIONED])
 def test_a_transposed_step_keeps_the_product_of_cotangent_and_tangent(
     method: str, dense: bool, stored: bool
 ) -> None:
@@ -79,7 +79,7 @@ def test_the_start_of_a_solve_is_transposed_too() -> None:
     net = Net(dim=4).requires_grad_(False)
     y, dy, lam, mu = torch.randn(4, 3, 4)
     dk = torch.func.jvp(lambda x: net(torch.tensor(T0), x), (y,), (dy,))[1]
-    for method in METHODS:
+    for method in (*METHODS, *PARTITIONED):
         stepper = steppers.get(method)
         field = DetachedField(net, y, [], None)
         back = stepper.transpose_begin(Reversal(field), stepper.begin(T0, y), Cotangent(lam, mu))

@@ -8,12 +8,23 @@ from pathlib import Path
 import torch
 
 from symplectic_adjoint.datasets.base import Dataset, make_dataset
+from symplectic_adjoint.datasets.benchmarks import BENCHMARKS, load_benchmark
 from symplectic_adjoint.datasets.bundled import breast_cancer, digits
 from symplectic_adjoint.datasets.errors import DataError, DataNotFoundError
 from symplectic_adjoint.datasets.files import SUFFIXES, read_table
+from symplectic_adjoint.datasets.standins import stand_in
 from symplectic_adjoint.datasets.toy import SAMPLERS
 
-__all__ = ["DataError", "DataNotFoundError", "Dataset", "load", "names"]
+__all__ = [
+    "BENCHMARKS",
+    "DataError",
+    "DataNotFoundError",
+    "Dataset",
+    "load",
+    "load_benchmark",
+    "names",
+    "stand_in",
+]
 
 TOY_ROWS = 10_000
 

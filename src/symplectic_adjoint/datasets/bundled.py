@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from symplectic_adjoint._extras import require
+from symplectic_adjoint.datasets.base import dequantised
+
+DIGITS_LEVELS = 17
+"""Grey levels of a pixel of the digits."""
 
 
 def digits(seed: int) -> Tensor:
     """The 1797 handwritten digits of 8 x 8 pixels, dequantised to (0, 1).
 
-    A pixel is an integer from 0 to 16. Adding uniform noise from [0, 1) makes the likelihood of the
-    integers bounded by the density (Theis, van den Oord, Bethge, ICLR 2016, equation 3).
+    A pixel is an integer from 0 to 16; see ``dequantised``.
 
     Args:
         seed: Seed of the dequantisation noise.
@@ -24,9 +27,7 @@ def digits(seed: int) -> Tensor:
         MissingExtraError: scikit-learn is not installed.
     """
     pixels = torch.from_numpy(require("sklearn.datasets").load_digits().data).to(torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(pixels.shape, generator=generator, dtype=torch.float64)
-    return (pixels + noise) / 17
+    return dequantised(pixels, DIGITS_LEVELS, torch.Generator().manual_seed(seed))
 
 
 def breast_cancer() -> Tensor:

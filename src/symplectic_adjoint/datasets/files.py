@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,15 @@ def read_table(path: Path) -> Tensor:
     return _read_npy(path) if suffix == ".npy" else _read_csv(path)
 
 
-def _read_npy(path: Path) -> Tensor:
+def read_array(path: Path) -> Any:
+    """Reads the array of a .npy file, of any real dtype.
+
+    Returns:
+        A numpy array, float64.
+
+    Raises:
+        DataError: The file is not readable, or does not hold real numbers.
+    """
     numpy = require("numpy")
     try:
         array = numpy.load(path, allow_pickle=False)
@@ -51,9 +60,14 @@ def _read_npy(path: Path) -> Tensor:
         raise DataError(f"{path}: not a readable .npy file of numbers ({error})") from error
     if array.dtype.kind not in "iuf":
         raise DataError(f"{path}: the array holds {array.dtype}, not real numbers")
+    return array.astype(numpy.float64)
+
+
+def _read_npy(path: Path) -> Tensor:
+    array = read_array(path)
     if array.ndim not in (1, 2):
         raise DataError(f"{path}: the array has shape {array.shape}; one row a sample is needed")
-    rows = torch.from_numpy(array.astype(numpy.float64)).reshape(len(array), -1)
+    rows = torch.from_numpy(array).reshape(len(array), -1)
     bad = (~rows.isfinite()).nonzero()
     if len(bad):
         i, j = bad[0].tolist()

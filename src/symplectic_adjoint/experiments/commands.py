@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from symplectic_adjoint import datasets
-from symplectic_adjoint._errors import ArgumentError
-from symplectic_adjoint._extras import MissingExtraError
-from symplectic_adjoint.experiments.compare import Comparison, RunInterruptedError
+from symplectic_adjoint.experiments.compare import Comparison
 from symplectic_adjoint.experiments.config import STRATEGIES, CompareConfig, ConfigError
 from symplectic_adjoint.experiments.console import print_results, table_console, watcher
+from symplectic_adjoint.experiments.reproduce import group
 from symplectic_adjoint.experiments.results import version
+from symplectic_adjoint.experiments.shell import guarded
 
 app = typer.Typer(
     name="symplectic-adjoint",
@@ -28,50 +25,13 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Exact gradients of differential equations, shown on real data.",
 )
+app.add_typer(group, name="reproduce")
 _DEFAULT = CompareConfig()
 _data, _strategies, _solver, _model, _training, _output = (
     partial(typer.Option, rich_help_panel=panel)
     for panel in ("Data", "Strategies", "Solver", "Model", "Training", "Output")
 )
-_USAGE = 2
 _SETTINGS = tuple(field.name for field in fields(CompareConfig))
-
-
-class StopSignal:
-    """Turns the first Ctrl-C, or a request to terminate, into a flag that the run asks for.
-
-    A second one interrupts at once, which loses what was done since the last checkpoint.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __enter__(self) -> StopSignal:
-        self._previous = {
-            number: signal.signal(number, self._receive)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def __call__(self) -> bool:
-        """Whether a signal came."""
-        return self.received is not None
-
-    @property
-    def exit_code(self) -> int:
-        """What a shell expects of a process that a signal ended."""
-        return 128 + (self.received or signal.SIGINT)
-
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-        # Straight to the descriptor: a handler may interrupt a write to the stream itself.
-        os.write(2, b"\nStopping after this step; once more to stop at once.\n")
 
 
 def _print_version(wanted: bool) -> None:
@@ -106,9 +66,17 @@ def compare(
     step_size: Annotated[
         float | None, _solver(help="Size of fixed steps, in place of step size control.")
     ] = None,
-    blocks: Annotated[int, _model(help="Stacked blocks of the flow.")] = _DEFAULT.blocks,
+    max_steps: Annotated[
+        int | None, _solver(help="Attempted steps after which a solve fails.")
+    ] = None,
+    model: Annotated[
+        str, _model(help="mlp, or conv for a multi-scale flow of images.")
+    ] = _DEFAULT.model,
+    blocks: Annotated[
+        int, _model(help="Stacked blocks of the flow, or of each scale.")
+    ] = _DEFAULT.blocks,
     hidden: Annotated[
-        str, _model(help="Widths of the hidden layers, separated by commas.")
+        str, _model(help="Widths or channels of the hidden layers, separated by commas.")
     ] = ",".join(map(str, _DEFAULT.hidden)),
     layer: Annotated[str, _model(help="concatsquash or concat.")] = _DEFAULT.layer,
     activation: Annotated[str, _model(help="softplus or tanh.")] = _DEFAULT.activation,
@@ -153,33 +121,18 @@ def compare(
     Writes results.json, figures and report.html to the output folder.
     """
     messages = Console(stderr=True)
-    stop = StopSignal()
     settings: dict[str, Any] = {name: context.params[name] for name in _SETTINGS}
     given = {name for name in context.params if _is_given(context, name)}
-    try:
-        with stop:
-            if {"epochs", "iterations"} <= given:
-                raise ConfigError("--epochs and --iterations both say how long to train; give one")
-            comparison = (
-                _resumed(out, settings, given)
-                if resume
-                else Comparison.start(_config(settings), out, overwrite=overwrite, epochs=epochs)
-            )
-            with watcher(messages) as watching:
-                results = comparison.run(watching, stop)
-    except (ArgumentError, MissingExtraError, OSError) as error:
-        messages.print(
-            f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+    with guarded(messages, f"symplectic-adjoint compare --resume --out {out}") as stop:
+        if {"epochs", "iterations"} <= given:
+            raise ConfigError("--epochs and --iterations both say how long to train; give one")
+        comparison = (
+            _resumed(out, settings, given)
+            if resume
+            else Comparison.start(_config(settings), out, overwrite=overwrite, epochs=epochs)
         )
-        raise typer.Exit(_USAGE if isinstance(error, ArgumentError) else 1) from error
-    except (RunInterruptedError, KeyboardInterrupt) as error:
-        messages.print(
-            f"Stopped. Continue with: symplectic-adjoint compare --resume --out {out}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-        raise typer.Exit(stop.exit_code) from error
+        with watcher(messages) as watching:
+            results = comparison.run(watching, stop)
     print_results(table_console(), results)
     typer.echo(f"\nReport: {comparison.folder.report}")
     if all(result.error for result in results.strategies):

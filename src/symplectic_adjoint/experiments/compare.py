@@ -43,6 +43,7 @@ from symplectic_adjoint.experiments.train import (
     batch_of,
     build_model,
     noise_of,
+    prepared,
     to_device,
 )
 
@@ -102,7 +103,7 @@ class Comparison:
             DataError: The data cannot be used.
             RunFolderError: The folder cannot be used.
         """
-        data = datasets.load(config.data, seed=config.seed)
+        data = prepared(datasets.load(config.data, seed=config.seed), config)
         if epochs is not None:
             batches = len(data.train) // min(config.batch_size, len(data.train))
             config = replace(config, iterations=epochs * batches)
@@ -129,7 +130,7 @@ class Comparison:
         folder = RunFolder.reopen(path)
         stored = read_json(folder.config)
         config = CompareConfig.from_dict(stored["config"])
-        data = datasets.load(config.data, seed=config.seed)
+        data = prepared(datasets.load(config.data, seed=config.seed), config)
         if data.fingerprint() != stored["fingerprint"]:
             raise ConfigError(
                 f"the data {config.data!r} are not those that the run in {path} began with; "
@@ -230,7 +231,7 @@ class Comparison:
 
     def _measurement(self, session: Session, probe: Probe) -> dict[str, Any]:
         test_nll, trace = session.test()
-        model = build_model(self.config, session.strategy, self.data.dim)
+        model = build_model(self.config, session.strategy, self.data)
         cost = measure_cost(model, probe)
         sweep = sweep_memory(model, probe, self.config.sweep)
         return {

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from symplectic_adjoint import gradients, steppers
 from symplectic_adjoint._errors import ArgumentError, UnknownNameError
-from symplectic_adjoint.controllers import FixedGrid
+from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid
+from symplectic_adjoint.experiments.parallel import ALONE, World
 from symplectic_adjoint.gradients import Strategy, Symplectic
 from symplectic_adjoint.models import SolverOptions
 from symplectic_adjoint.models.blocks import Activation, Layer
 from symplectic_adjoint.models.cnf import Noise, Trace
+
+Model = Literal["mlp", "conv"]
 
 STRATEGIES = (
     "backprop",
@@ -36,6 +39,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "model": get_args(Model),
     "layer": get_args(Layer),
     "activation": get_args(Activation),
     "trace": get_args(Trace),
@@ -61,8 +65,11 @@ class CompareConfig:
         atol: Absolute tolerance of the solver.
         step_size: Size of fixed steps, in place of step size control; None where the method has
             such control.
-        blocks: Stacked blocks of the flow.
-        hidden: Widths of the hidden layers of each block.
+        max_steps: Attempted steps after which a solve under step size control fails; None for the
+            control's own limit.
+        model: "mlp", or "conv" for a multi-scale flow of images.
+        blocks: Stacked blocks of the flow; of each of its three scales with "conv".
+        hidden: Widths, or channels, of the hidden layers of each block.
         layer: "concatsquash" or "concat".
         activation: "softplus" or "tanh".
         trace: "hutchinson" or "exact", while training.
@@ -94,6 +101,8 @@ class CompareConfig:
     rtol: float = 1e-4
     atol: float = 1e-4
     step_size: float | None = None
+    max_steps: int | None = None
+    model: Model = "mlp"
     blocks: int = 2
     hidden: tuple[int, ...] = (128, 128)
     layer: Layer = "concatsquash"
@@ -135,6 +144,8 @@ class CompareConfig:
         stepper = steppers.get(self.method)
         if self.step_size is not None:
             _check(0 < self.step_size <= 1, "step_size", self.step_size, "in (0, 1]")
+        elif self.max_steps is not None and self.max_steps < 1:
+            raise ConfigError(f"max_steps={self.max_steps!r} must be at least 1")
         elif stepper.error_order is None:
             raise ConfigError(f"method={self.method!r} does not control its steps; give step_size")
 
@@ -142,10 +153,21 @@ class CompareConfig:
         """The solver that a strategy runs with."""
         return strategy(name).method or self.method
 
-    def solver(self, name: str) -> SolverOptions:
-        """The solver options that a strategy trains with."""
-        controller = None if self.step_size is None else FixedGrid(step_size=self.step_size)
-        return SolverOptions(self.method_of(name), self.rtol, self.atol, strategy(name), controller)
+    def solver(self, name: str, world: World = ALONE) -> SolverOptions:
+        """The solver options that a strategy trains with, and one of several processes with it."""
+        return SolverOptions(
+            self.method_of(name), self.rtol, self.atol, strategy(name), self._controller(world)
+        )
+
+    def _controller(self, world: World) -> Controller | None:
+        if self.step_size is not None:
+            return FixedGrid(step_size=self.step_size)
+        given: dict[str, Any] = {}
+        if self.max_steps is not None:
+            given["max_steps"] = self.max_steps
+        if world.size > 1:
+            given["norm"] = world.norm
+        return Adaptive(**given) if given else None
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as values of JSON."""

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,39 +82,42 @@ def _finite(value: Any) -> Any:
     return value
 
 
-class RunFolder:
-    """Where a run keeps its settings, checkpoints, measurements, figures and report.
+class Folder:
+    """An output folder that only runs of one kind write to, one process at a time.
 
-    Build one with ``create`` for a new run or ``reopen`` for a stopped one.
+    ``start`` it for a new run; ``check_run`` before continuing a stopped one.
+
+    Args:
+        path: The folder.
+        kind: What its settings file says it holds.
+        folders: Names of the folders inside that a run writes, and ``overwrite`` deletes.
+        files: Names of the files, likewise.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, *, kind: str, folders: Sequence[str], files: Sequence[str] = ()
+    ) -> None:
         self.path = path
+        self.kind = kind
         self.config = path / "config.json"
-        self.results = path / "results.json"
-        self.report = path / "report.html"
-        self.figures = path / "figures"
-        self.checkpoints = path / "checkpoints"
-        self.measurements = path / "measurements"
+        self._written = (tuple(folders), tuple(files))
 
-    @classmethod
-    def create(cls, path: Path, *, overwrite: bool) -> RunFolder:
+    def start(self, *, overwrite: bool) -> None:
         """Makes the folder of a new run.
 
         Args:
-            path: The folder.
             overwrite: Whether an earlier run in it is to be deleted. Only what a run writes is
-                deleted, and only from a folder that holds one.
+                deleted, and only from a folder that holds one of this kind.
 
         Raises:
             RunFolderError: The path is a file or a folder with something in it, and overwriting was
                 not asked for or would not replace a run.
         """
-        folder = cls(path)
+        path = self.path
         if path.exists() and not path.is_dir():
             raise RunFolderError(f"{path} is a file; give another output folder with --out")
         if path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir()):
-            if not folder._holds_run():
+            if not self.holds_run():
                 raise RunFolderError(
                     f"{path} holds files that are not from a run; give another folder with --out"
                 )
@@ -123,22 +126,20 @@ class RunFolder:
                     f"{path} holds a run; continue it with --resume, replace it with --overwrite, "
                     "or give another folder with --out"
                 )
-            with folder.lock():
-                folder._clear()
+            with self.lock():
+                self._clear()
         path.mkdir(parents=True, exist_ok=True)
-        return folder
 
-    @classmethod
-    def reopen(cls, path: Path) -> RunFolder:
-        """Opens the folder of an earlier run.
+    def check_run(self) -> None:
+        """Makes sure that there is a run to continue.
 
         Raises:
             RunFolderError: There is no run.
         """
-        folder = cls(path)
-        if not folder._holds_run():
-            raise RunFolderError(f"{path} holds no run to resume; leave --resume out to start one")
-        return folder
+        if not self.holds_run():
+            raise RunFolderError(
+                f"{self.path} holds no run to resume; leave --resume out to start one"
+            )
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -159,6 +160,53 @@ class RunFolder:
                 raise RunFolderError(f"another process is writing to {self.path}") from error
             yield
 
+    def holds_run(self) -> bool:
+        """Whether a run of this kind was started here."""
+        try:
+            content = read_json(self.config)
+        except (OSError, ValueError):
+            return False
+        return isinstance(content, dict) and content.get("kind") == self.kind
+
+    def _clear(self) -> None:
+        folders, files = self._written
+        for name in folders:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        # The settings mark the folder as a run, so they go last.
+        for name in (*files, self.config.name):
+            (self.path / name).unlink(missing_ok=True)
+
+
+class RunFolder(Folder):
+    """Where a comparison keeps its settings, checkpoints, measurements, figures and report."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            path,
+            kind=KIND,
+            folders=("checkpoints", "measurements", "figures"),
+            files=("results.json", "report.html"),
+        )
+        self.results = path / "results.json"
+        self.report = path / "report.html"
+        self.figures = path / "figures"
+        self.checkpoints = path / "checkpoints"
+        self.measurements = path / "measurements"
+
+    @classmethod
+    def create(cls, path: Path, *, overwrite: bool) -> RunFolder:
+        """Makes the folder of a new run; see ``start``."""
+        folder = cls(path)
+        folder.start(overwrite=overwrite)
+        return folder
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """Opens the folder of an earlier run; see ``check_run``."""
+        folder = cls(path)
+        folder.check_run()
+        return folder
+
     def checkpoint(self, strategy: str) -> Path:
         """The file of a strategy's training state."""
         return self.checkpoints / f"{strategy}.pt"
@@ -166,17 +214,3 @@ class RunFolder:
     def measurement(self, strategy: str) -> Path:
         """The file of a strategy's measurements."""
         return self.measurements / f"{strategy}.json"
-
-    def _holds_run(self) -> bool:
-        try:
-            content = read_json(self.config)
-        except (OSError, ValueError):
-            return False
-        return isinstance(content, dict) and content.get("kind") == KIND
-
-    def _clear(self) -> None:
-        for name in (self.checkpoints, self.measurements, self.figures):
-            shutil.rmtree(name, ignore_errors=True)
-        # The settings mark the folder as a run, so they go last.
-        for name in (self.results, self.report, self.config):
-            name.unlink(missing_ok=True)

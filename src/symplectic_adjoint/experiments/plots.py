@@ -12,12 +12,13 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from symplectic_adjoint.datasets import Dataset
 from symplectic_adjoint.experiments.results import Results, StrategyResult
-from symplectic_adjoint.models import CNF
+from symplectic_adjoint.models import ContinuousFlow
 
 _MEBIBYTE = 2**20
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers say it again.
@@ -44,10 +45,13 @@ _RC: Any = {
     "axes.titlelocation": "left",
     "figure.dpi": 110,
     "legend.frameon": False,
+    "svg.hashsalt": "symplectic-adjoint",
 }
 
 
-def figures(results: Results, data: Dataset, models: Mapping[str, CNF]) -> dict[str, bytes]:
+def figures(
+    results: Results, data: Dataset, models: Mapping[str, ContinuousFlow]
+) -> dict[str, bytes]:
     """Draws every figure that the results have data for.
 
     Args:
@@ -82,8 +86,17 @@ def style() -> AbstractContextManager[None]:
 
 def png(figure: Figure) -> bytes:
     """A figure as a PNG image."""
+    return _image(figure, "png", None)
+
+
+def svg(figure: Figure) -> bytes:
+    """A figure as an SVG image, the same bytes whenever it is drawn."""
+    return _image(figure, "svg", {"Date": None})
+
+
+def _image(figure: Figure, kind: str, metadata: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight", facecolor="white")
+    figure.savefig(buffer, format=kind, bbox_inches="tight", facecolor="white", metadata=metadata)
     return buffer.getvalue()
 
 
@@ -98,7 +111,7 @@ def learning_curves(results: Results) -> Figure:
         iterations = [iteration for iteration, _ in history.validation]
         scores = [score for _, score in history.validation]
         elapsed = [0.0, *itertools.accumulate(history.seconds)]
-        colour, marker, dash = _style(result.name)
+        colour, marker, dash = strategy_look(result.name)
         look: dict[str, Any] = {"color": colour, "marker": marker, "ls": dash, "ms": 4, "lw": 1.4}
         left.plot(iterations, scores, label=_label(result), **look)
         right.plot([elapsed[i] for i in iterations], scores, **look)
@@ -134,7 +147,7 @@ def costs(measured: Sequence[StrategyResult], dtype: str) -> Figure:
     error.set(xlabel="relative L2 error", title="Error of the gradient")
     error.xaxis.set_minor_formatter(NullFormatter())
     error.legend(fontsize=8, loc="upper left", bbox_to_anchor=(-0.02, -0.22), ncols=2)
-    colours = [_style(s.name)[0] for s in measured]
+    colours = [strategy_look(s.name)[0] for s in measured]
     _bars(memory, [c.peak_memory / _MEBIBYTE for c in costs_], colours, "{:.3g}")
     memory.set(xlabel="MiB", title="Peak memory of one gradient")
     _bars(time, [s.seconds_per_iteration or 0.0 for s in measured], colours, "{:.3g}")
@@ -155,7 +168,7 @@ def memory_against_steps(measured: Sequence[StrategyResult]) -> Figure:
             if point.steps is not None and point.peak_memory is not None
         ]
         if points:
-            colour, marker, dash = _style(result.name)
+            colour, marker, dash = strategy_look(result.name)
             steps, memory = zip(*points, strict=True)
             axes.plot(
                 steps,
@@ -170,9 +183,7 @@ def memory_against_steps(measured: Sequence[StrategyResult]) -> Figure:
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(NullFormatter())
+        styled(axis)
     axes.set(
         xlabel="accepted steps, all blocks",
         ylabel="peak memory [MiB]",
@@ -182,7 +193,7 @@ def memory_against_steps(measured: Sequence[StrategyResult]) -> Figure:
     return figure
 
 
-def densities(data: Dataset, models: Mapping[str, CNF]) -> Figure:
+def densities(data: Dataset, models: Mapping[str, ContinuousFlow]) -> Figure:
     """Heat-maps of the learned densities beside the data, for data in the plane."""
     rows = data.restore(data.train)
     low, high = rows.quantile(0.002, dim=0), rows.quantile(0.998, dim=0)
@@ -214,7 +225,7 @@ def densities(data: Dataset, models: Mapping[str, CNF]) -> Figure:
 
 @torch.no_grad()
 def density_map(
-    data: Dataset, model: CNF, extent: tuple[float, float, float, float]
+    data: Dataset, model: ContinuousFlow, extent: tuple[float, float, float, float]
 ) -> torch.Tensor:
     """The density in original coordinates at the centres of 100 x 100 cells, a row for each y."""
     left, right, bottom, top = extent
@@ -231,7 +242,7 @@ def density_map(
     return (log_prob.double().cpu() - data.log_scale).exp().reshape(_GRID, _GRID)
 
 
-def samples(data: Dataset, shape: tuple[int, int], models: Mapping[str, CNF]) -> Figure:
+def samples(data: Dataset, shape: tuple[int, int], models: Mapping[str, ContinuousFlow]) -> Figure:
     """Test images beside samples of each flow, all from the same base samples."""
     rows = {"test rows": data.restore(data.test[:_SAMPLES])}
     for name, model in models.items():
@@ -246,6 +257,13 @@ def samples(data: Dataset, shape: tuple[int, int], models: Mapping[str, CNF]) ->
             axes.spines[:].set_visible(False)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     return figure
+
+
+def styled(axis: Axis) -> None:
+    """Numbers written out along a logarithmic axis of few decades."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _dots(axes: Axes, values: Sequence[float], marker: str, label: str) -> None:
@@ -281,7 +299,8 @@ def _heat_map(
     return draw
 
 
-def _style(strategy: str) -> tuple[str, str, Any]:
+def strategy_look(strategy: str) -> tuple[str, str, Any]:
+    """Colour, marker and dashes of a strategy, the same in every figure."""
     return _STYLES.get(strategy, ("#666666", "x", "-"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
@@ -13,9 +14,10 @@ import torch
 from torch import Generator, Tensor
 
 from symplectic_adjoint.datasets import Dataset
-from symplectic_adjoint.experiments.config import DTYPES, CompareConfig
-from symplectic_adjoint.models import CNF
-from symplectic_adjoint.models.cnf import Flow, standard_normal_log_prob
+from symplectic_adjoint.experiments.config import DTYPES, CompareConfig, ConfigError
+from symplectic_adjoint.experiments.parallel import ALONE, World
+from symplectic_adjoint.models import CNF, ContinuousFlow, Flow, ImageCNF, SolverOptions
+from symplectic_adjoint.models.cnf import standard_normal_log_prob
 
 EXACT_TRACE_LIMIT = 128
 """Up to this dimension test rows are scored with the exact trace, beyond it with Hutchinson's."""
@@ -66,14 +68,27 @@ class Session:
     Args:
         config: The settings.
         strategy: Gradient strategy.
-        data: The rows.
+        data: The rows; pixels in (0, 1) for a flow of images.
+        world: The processes that train together. Each takes its rows of every batch, and all take
+            the same steps, so that the results are those of one process up to rounding.
+
+    Raises:
+        ConfigError: There are fewer rows than processes.
     """
 
-    def __init__(self, config: CompareConfig, strategy: str, data: Dataset) -> None:
+    def __init__(
+        self, config: CompareConfig, strategy: str, data: Dataset, world: World = ALONE
+    ) -> None:
+        fewest = min(config.batch_size, *(map(len, (data.train, data.validation, data.test))))
+        if fewest < world.size:
+            raise ConfigError(
+                f"a batch or split of {fewest} rows is too small for {world.size} processes"
+            )
         self.config = config
         self.strategy = strategy
         self.data = data
-        self.model = build_model(config, strategy, data.dim)
+        self.world = world
+        self.model = build_model(config, strategy, data, world)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
         self.history = History()
         self._train = to_device(data.train, config)
@@ -98,13 +113,14 @@ class Session:
         """
         if self.iteration == 0 and not self.history.validation:
             self._validate()
-        batch = batch_of(self._train, self.config, self.iteration)
-        noise = noise_of(self.model, batch, self.config, self.iteration)
+        whole = batch_of(self._train, self.config, self.iteration)
+        noise = noise_of(self.model, whole, self.config, self.iteration)
+        batch, noise = self.world.rows(whole), self.world.rows(noise, axis=1)
         _wait(batch)
         begin = time.perf_counter()
         flow = self.model.transform(batch, noise)
-        loss = negative_log_likelihood(flow)
-        nll = float(loss.detach())
+        loss = negative_log_likelihood(flow) * (len(batch) / len(whole))
+        nll = self.world.total(float(loss.detach()))
         if not abs(nll) < float("inf"):
             raise TrainingError(
                 f"the loss is {nll} at iteration {self.iteration + 1}; "
@@ -112,19 +128,24 @@ class Session:
             )
         self.optimizer.zero_grad()
         loss.backward()
+        self.world.add_gradients(self.model)
         self.optimizer.step()
         _wait(batch)
         self._record(nll, time.perf_counter() - begin, flow)
         if self.finished or self.iteration % self.config.evaluate_every == 0:
             self._validate()
 
-    def test(self) -> tuple[float, str]:
-        """Mean negative log-likelihood of the test rows in nats, and the trace behind it."""
+    def test(self, exact_trace: int = EXACT_TRACE_LIMIT) -> tuple[float, str]:
+        """Mean negative log-likelihood of the test rows in nats, and the trace behind it.
+
+        Args:
+            exact_trace: Up to so many columns the trace is exact.
+        """
         model = copy.deepcopy(self.model)
-        if self.data.dim <= EXACT_TRACE_LIMIT:
+        if self.data.dim <= exact_trace:
             model.trace = "exact"
         rows = to_device(self.data.test, self.config)
-        return evaluate(model, rows, self.config), model.trace
+        return evaluate(model, rows, self.config, self.world), model.trace
 
     def state(self) -> dict[str, Any]:
         """Everything that a continuation needs, as tensors and plain values."""
@@ -141,7 +162,7 @@ class Session:
         self.history = History(**state["history"])
 
     def _validate(self) -> None:
-        score = evaluate(self.model, self._validation, self.config)
+        score = evaluate(self.model, self._validation, self.config, self.world)
         self.history.validation.append((self.iteration, score))
 
     def _record(self, nll: float, seconds: float, flow: Flow) -> None:
@@ -152,21 +173,39 @@ class Session:
             getattr(history, name).append(total)
 
 
-def build_model(config: CompareConfig, strategy: str, dim: int) -> CNF:
-    """The flow of a comparison; the same settings give the same weights, whatever the strategy."""
+def build_model(
+    config: CompareConfig, strategy: str, data: Dataset, world: World = ALONE
+) -> ContinuousFlow:
+    """The flow of a comparison; the same settings give the same weights, whatever the strategy.
+
+    Raises:
+        ConfigError: A flow of images was asked for, and the rows are none.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed(config, "weights", 0))
-        model = CNF(
-            dim,
-            hidden=config.hidden,
-            blocks=config.blocks,
-            layer=config.layer,
-            activation=config.activation,
-            trace=config.trace,
-            noise=config.noise,
-            solver=config.solver(strategy),
-        )
+        model = _flow(config, data, config.solver(strategy, world))
     return model.to(device=config.device, dtype=DTYPES[config.dtype])
+
+
+def _flow(config: CompareConfig, data: Dataset, solver: SolverOptions) -> ContinuousFlow:
+    shared: dict[str, Any] = {
+        "hidden": config.hidden,
+        "blocks": config.blocks,
+        "activation": config.activation,
+        "trace": config.trace,
+        "noise": config.noise,
+        "solver": solver,
+    }
+    if config.model == "mlp":
+        return CNF(data.dim, layer=config.layer, **shared)
+    if data.image_shape is None:
+        raise ConfigError(f"model='conv' needs images, and the rows of {data.name} are none")
+    return ImageCNF(data.image_shape, **shared)
+
+
+def prepared(data: Dataset, config: CompareConfig) -> Dataset:
+    """The rows in the coordinates that the model of a comparison takes."""
+    return data.unscaled() if config.model == "conv" else data
 
 
 def negative_log_likelihood(flow: Flow) -> Tensor:
@@ -188,20 +227,23 @@ def batch_of(rows: Tensor, config: CompareConfig, iteration: int) -> Tensor:
     return rows[order[index * size : (index + 1) * size].to(rows.device)]
 
 
-def noise_of(model: CNF, batch: Tensor, config: CompareConfig, iteration: int) -> Tensor:
+def noise_of(model: ContinuousFlow, batch: Tensor, config: CompareConfig, iteration: int) -> Tensor:
     """The noise of an iteration, shape (blocks, n, dim)."""
     return model.draw_noise(batch, _generator(config, "noise", iteration))
 
 
 @torch.no_grad()
-def evaluate(model: CNF, rows: Tensor, config: CompareConfig) -> float:
+def evaluate(
+    model: ContinuousFlow, rows: Tensor, config: CompareConfig, world: World = ALONE
+) -> float:
     """Mean negative log-likelihood of rows in nats, with noise that depends on the seed alone."""
     generator = _generator(config, "evaluation", 0)
     total = 0.0
-    for chunk in torch.split(rows, _CHUNK):
-        flow = model.transform(chunk, model.draw_noise(chunk, generator))
-        total += float(negative_log_likelihood(flow)) * len(chunk)
-    return total / len(rows)
+    for chunk in rows.tensor_split(math.ceil(len(rows) / _CHUNK)):
+        noise = world.rows(model.draw_noise(chunk, generator), axis=1)
+        mine = world.rows(chunk)
+        total += float(negative_log_likelihood(model.transform(mine, noise))) * len(mine)
+    return world.total(total) / len(rows)
 
 
 def to_device(rows: Tensor, config: CompareConfig) -> Tensor:

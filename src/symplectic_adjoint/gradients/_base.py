@@ -83,6 +83,7 @@ class Sweep:
         replay: From (y0, step times, output times, *captured), the outputs once more by operations
             on the frozen grid, and how many evaluations they took.
         memo: What the strategy remembers from one backward pass to the next.
+        ledger: What was kept where the strategy keeps steps under a schedule; otherwise None.
         own: Counts the steps of a backward pass that solves an equation of its own.
     """
 
@@ -106,6 +107,7 @@ class Sweep:
     spec: StateSpec
     replay: Callable[[Sequence[Tensor]], tuple[Tensor, Field]]
     memo: dict[str, Any]
+    ledger: Any = None
     own: Stats = dataclasses.field(default_factory=Stats)
     _pending: list[tuple[int, Outputs, DenseCotangent]] = dataclasses.field(default_factory=list)
 
@@ -230,6 +232,21 @@ class Strategy:
     def zeros(self, like: Tensor) -> Tensor:
         """Where the compiled loop begins to sum the gradients of a captured tensor."""
         return torch.zeros_like(like)
+
+    def ledger(self, stepper: Stepper, y0: Tensor, outputs: int, sums: Sequence[Tensor]) -> Any:
+        """Who keeps the steps, where that follows a schedule; otherwise None.
+
+        Args:
+            stepper: The method.
+            y0: The initial state.
+            outputs: Number of output times.
+            sums: What the captured tensors' gradients are like, for those that have one.
+
+        Raises:
+            MemoryBudgetError: There is less memory than any schedule needs.
+            StoreError: A store cannot be opened.
+        """
+        return None
 
     def keep(self, stepper: Stepper, n: int, step: Any) -> Record:
         """What is kept of step ``n``."""

@@ -298,8 +298,9 @@ def _chunks(job: Job, program: Program, field: DetachedField, y0: Tensor) -> Ite
     if job.grid is not None:
         return on_grid(program, setting.grid, y0, tensors)
     state = stepper.begin(t0, y0)
-    pace: Any = job.controller.begin(field, stepper, state, setting)
-    slope = stepper.slope(field, state) if program.method.carries(True) else y0
+    with torch.enable_grad():  # func may differentiate inside itself
+        pace: Any = job.controller.begin(field, stepper, state, setting)
+        slope = stepper.slope(field, state) if program.method.carries(True) else y0
     return adaptive(program, pace, setting, (t0, y0, slope), tensors)
 
 

@@ -51,6 +51,8 @@ class Tape:
         leafy: Whether ``func`` needs an argument that requires grad.
         callbacks: What ``func`` wants to be told of backward passes.
         spec: How the caller's state maps onto the flat one.
+        ledger: What was kept where the strategy keeps steps under a schedule; it owns all tensors
+            but those of the last state.
         memo: What the strategy remembers from one backward pass to the next.
     """
 
@@ -73,6 +75,7 @@ class Tape:
     leafy: bool
     callbacks: Callbacks
     spec: StateSpec
+    ledger: Any = None
     memo: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def release(self) -> list[Tensor]:
@@ -80,7 +83,7 @@ class Tape:
         tensors = [*self.end]
         counts = [len(tensors)]
         self.end = ()
-        for record in self.records:
+        for record in () if self.ledger is not None else self.records:
             for part in record.tensors:
                 tensors += part
                 counts.append(len(part))
@@ -89,8 +92,10 @@ class Tape:
         self._counts = counts
         return tensors
 
-    def restored(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Record]]:
+    def restored(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Record]]:
         """The last state and the records with their tensors."""
+        if self.ledger is not None:
+            return tensors, self.records
         position, parts = 0, []
         for count in self._counts:
             parts.append(tensors[position : position + count])
@@ -282,12 +287,15 @@ def _reversed(
             wants_state=needs[0],
             replay=functools.partial(replayed, tape),
             memo=tape.memo,
+            ledger=tape.ledger,
             callbacks=tape.callbacks,
             spec=tape.spec,
         )
         tape.callbacks.renew()
         lam = tape.strategy.reverse(sweep)
     _write_stats(tape.stats, field, sweep.own)
+    if tape.ledger is not None:
+        tape.stats.backward_retaken = tape.ledger.retaken
     grads = field.sums.totals()
     reversal = sweep.reversal.times
     node_grads = None if reversal is None else reversal.values.cpu()

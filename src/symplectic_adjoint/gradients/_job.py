@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from symplectic_adjoint._errors import SolveError, Status
+from symplectic_adjoint._errors import ArgumentError, SolveError, Status
 from symplectic_adjoint._types import FlatFunc, as_float
 from symplectic_adjoint.callbacks import Callbacks
 from symplectic_adjoint.capture import detached, has_tangent, varies
@@ -29,12 +30,13 @@ from symplectic_adjoint.gradients._base import Counts, Record, Strategy
 from symplectic_adjoint.gradients._dense import GraphDense, RecordedDense
 from symplectic_adjoint.gradients._event import Located
 from symplectic_adjoint.gradients._function import Autocast, Tape, attach, replayed
+from symplectic_adjoint.gradients._ledger import Ledger
 from symplectic_adjoint.gradients.backprop import Backprop
 from symplectic_adjoint.gradients.checkpoint import Checkpoint
 from symplectic_adjoint.loop import Outputs, OutputTimes, Run, SolveShape, Stats, integrate, run
 from symplectic_adjoint.problem import Problem
 from symplectic_adjoint.solution import Solution
-from symplectic_adjoint.steppers import Stepper
+from symplectic_adjoint.steppers import Stepper, admit
 from symplectic_adjoint.steppers._base import Saved
 from symplectic_adjoint.threads import limited, suited
 
@@ -297,7 +299,7 @@ def record(job: Job) -> Recorded:
     # Tangents need no more than the grid.
     strategy = job.strategy if wants_grad else Checkpoint()
     if wants_grad:
-        tensors = (x for x in (job.problem.y0, *job.capture.tensors) if x.requires_grad)
+        tensors = [x for x in (job.problem.y0, *job.capture.tensors) if x.requires_grad]
         strategy.admit([*tensors, *job.knots().values()])
     # Where no derivative can be asked for, none can be missed.
     asked = torch.is_grad_enabled() or forward_ad._current_level >= 0
@@ -310,6 +312,7 @@ def record(job: Job) -> Recorded:
     wanted = wants_grad or job.wants_tangent
     recomputes = wanted or job.keep_dense
     setting = job.setting
+    ledger = _ledger(job) if wants_grad else None
 
     def keep(n: int, step: Any, outputs: Outputs) -> None:
         if recomputes and not job.random and not drawn.same(RandomState(y0.device)):
@@ -319,22 +322,48 @@ def record(job: Job) -> Recorded:
             records.clear()
             dense_records.clear()
         end = _cut(job.stepper, step) if setting.cuts(as_float(step.t1)) else None
-        if wanted:
+        if ledger is not None:
+            ledger.took(n, step, end)
+        elif wanted:
             kept = strategy.keep(job.stepper, n, step)
             kept.end = end
             records.append(kept)
         if job.keep_dense:
             dense_records.append(Record(job.stepper.save(step, stages=True), end=end))
 
-    with torch.enable_grad(), job.capture.substituted(aliases):
+    guard = contextlib.nullcontext() if ledger is None else ledger.guarded()
+    with guard, torch.enable_grad(), job.capture.substituted(aliases):
         field = strategy.forward_field(job.func, y0.detach(), aliases, capture, job.wants_time)
         field.random = job.random
+        if ledger is not None:
+            ledger.use(field)
         times = _output_times(job, job.problem.t.detach())
         result, stats = _run(job, field, {}, times, keep, graph=False)
     # A grid that had to be checked step by step may have got further before.
     del records[len(result.outputs) :], dense_records[len(result.outputs) :]
     tape = tape_of(job, field, result, stats, records, aliases)
+    if ledger is not None:
+        ledger.until(len(result.outputs))
+        tape.records, tape.ledger = ledger, ledger
+        tape.aliases = aliases if ledger.graphs else ()
     return Recorded(job, result, stats, field, tape, dense_records)
+
+
+def _ledger(job: Job) -> Ledger | None:
+    """Who keeps the steps, where that follows a schedule.
+
+    Raises:
+        ArgumentError: Every step is to be kept, and not to be.
+    """
+    sums = [x for x in job.capture.tensors if x.requires_grad]
+    y0, outputs = job.problem.y0.detach(), len(job.problem.times)
+    ledger: Ledger | None = job.strategy.ledger(job.stepper, y0, outputs, sums)
+    if ledger is not None and job.keep_dense:
+        raise ArgumentError(
+            f"dense=True keeps every step, which gradient={job.strategy!r} is not to do; leave one "
+            "of them out"
+        )
+    return ledger
 
 
 def _cut(stepper: Stepper, step: Any) -> Saved:
@@ -374,6 +403,7 @@ def _run(
         pace = job.controller.begin(field, job.stepper, state, own)
         if isinstance(pace, GridPace):
             pace.checked = checked or watch is not None
+            admit(job.stepper, field, state, setting.grid)
         yield from integrate(field, job.stepper, pace, state, setting, knots, stats, told)
 
     try:

@@ -19,7 +19,15 @@ from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid, Grid
 from symplectic_adjoint.field import DetachedField, RandomState, Stage
 from symplectic_adjoint.gradients._base import Counts, Record, Strategy, Sweep
 from symplectic_adjoint.loop import SolveShape, integrate
-from symplectic_adjoint.steppers import ImplicitAdams, ImplicitRK, ScipySolver, Stepper, get, within
+from symplectic_adjoint.steppers import (
+    ImplicitAdams,
+    ImplicitRK,
+    Partitioned,
+    ScipySolver,
+    Stepper,
+    get,
+    within,
+)
 from symplectic_adjoint.steppers._base import Saved, dot
 
 
@@ -56,9 +64,10 @@ class Continuous(Strategy):
     def check(self, stepper: Stepper) -> None:
         super().check(stepper)
         own = self.stepper(stepper)
-        if isinstance(own, ImplicitRK):
+        if isinstance(own, ImplicitRK | Partitioned):
             raise ArgumentError(
-                f"the adjoint equation is solved by explicit methods, not by {own.name!r}; give "
+                "the adjoint equation is solved by explicit methods for any system, not by "
+                f"{own.name!r}; give "
                 "one, e.g. Continuous(method_name='dopri5'), or choose gradient='symplectic', "
                 "which is exact"
             )

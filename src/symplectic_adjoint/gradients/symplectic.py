@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -12,10 +12,16 @@ from torch import Tensor
 from symplectic_adjoint._errors import ArgumentError, UnknownNameError
 from symplectic_adjoint.accumulate import Compensated, Float64, InPlace
 from symplectic_adjoint.capture import Capture
+from symplectic_adjoint.checkpoints import Device, Host, Place
+from symplectic_adjoint.checkpoints.actions import What
+from symplectic_adjoint.checkpoints.schedules import All, Spill, Thinning
 from symplectic_adjoint.field import DetachedField, LeafField
 from symplectic_adjoint.gradients._base import Counts, Keeps, Record, Strategy, Sweep, stagewise
+from symplectic_adjoint.gradients._budget import Budget, parsed, settle_logarithm, settle_nothing
+from symplectic_adjoint.gradients._ledger import Ledger
 from symplectic_adjoint.loop import SolveShape
 from symplectic_adjoint.steppers import ImplicitRK, Stepper
+from symplectic_adjoint.steppers._base import Saved
 
 _STORES = ("steps", "stages", "graph")
 _SUMS: dict[str, type[InPlace]] = {
@@ -40,16 +46,52 @@ class Symplectic(Strategy):
         accumulate: How the parameters' gradients are summed over the stages: ``"inplace"`` in their
             own dtype; ``"float64"``; or ``"compensated"``, in their own dtype with the rounding
             errors carried along. The latter two cost one more copy of the parameters.
+        memory: How much memory the solve and its backward pass may take, beside one evaluation of
+            the network: a number of bytes, or a size such as ``"512MiB"``. Of each step is kept the
+            most that still fits, no more than ``store`` says; when the budget is used up while the
+            solve is running, the oldest steps are reduced, from graphs to stages to states, and
+            then the states are thinned. What is missing is computed again from the recorded times:
+            the gradient stays the same. ``"auto"`` takes 0.8 of the memory that is free,
+            ``"least"`` keeps about as many states as the logarithm of the number of steps,
+            ``"fastest"`` and None keep what ``store`` says of every step. The matrices of implicit
+            methods come on top.
+        place: Where what is kept lies: ``Device()``, ``Host()``, ``Disk(folder)`` or, inexactly,
+            ``Rounded(dtype, place)``. With a budget that which does not fit goes there, and no step
+            is thinned. By default everything lies on the state's device.
 
     Raises:
-        UnknownNameError: ``store`` or ``accumulate`` is none of these.
+        UnknownNameError: ``store``, ``accumulate`` or ``memory`` is none of these.
+        ArgumentError: ``memory`` is no size.
+
+    Example:
+        >>> import torch
+        >>> import symplectic_adjoint as sa
+        >>> y0 = torch.ones(1000, requires_grad=True)
+        >>> grid = sa.FixedGrid(step_size=1e-3)
+        >>> small = sa.Symplectic(memory="300KB")  # where 1000 steps have 4 MB of states
+        >>> sol = sa.solve(lambda t, y: -y, y0, [0, 1], controller=grid, gradient=small)
+        >>> (gradient,) = torch.autograd.grad(sol.y[-1].sum(), y0)
+        >>> gradient[0], sol.stats.backward_retaken < 2000
+        (tensor(0.3679), True)
     """
 
     store: Literal["steps", "stages", "graph"] = "stages"
     accumulate: Literal["inplace", "float64", "compensated"] = "inplace"
+    memory: int | str | None = None
+    place: Place | None = None
     name = "symplectic"
 
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        return self.place is None or self.place.exact
+
+    @property
+    def _limited(self) -> bool:
+        """Whether steps are kept under a schedule."""
+        return self.place is not None or parsed(self.memory) not in (None, "fastest")
+
     def __post_init__(self) -> None:
+        parsed(self.memory)
         if self.store not in _STORES:
             raise UnknownNameError("store", self.store, _STORES)
         if self.accumulate not in _SUMS:
@@ -57,7 +99,7 @@ class Symplectic(Strategy):
 
     @property
     def keeps(self) -> Keeps | None:  # type: ignore[override]
-        if self.accumulate == "compensated":
+        if self.accumulate == "compensated" or self._limited:
             return None
         return "states" if self.store == "steps" else "points"
 
@@ -66,11 +108,18 @@ class Symplectic(Strategy):
         return torch.zeros_like(like, dtype=dtype)
 
     def check(self, stepper: Stepper) -> None:
+        if not self.exact:  # a rounded place cannot do without a transpose, either
+            replace(self, place=None).check(stepper)
         super().check(stepper)
         if self.store == "graph" and isinstance(stepper, ImplicitRK):
             raise ArgumentError(
                 f"store='graph' keeps the one evaluation of each stage, but {stepper.name!r} finds "
                 "its stages by many; use Symplectic(store='stages')"
+            )
+        if self.store == "graph" and (self.place is not None or self.memory == "least"):
+            raise ArgumentError(
+                "place= and memory='least' keep states and stages, no graphs; use store='stages' "
+                "with them"
             )
 
     def forward_field(
@@ -85,6 +134,28 @@ class Symplectic(Strategy):
             return LeafField(func, like, aliases, capture, time)
         return DetachedField(func, like, aliases, capture)
 
+    def ledger(
+        self, stepper: Stepper, y0: Tensor, outputs: int, sums: Sequence[Tensor]
+    ) -> Ledger | None:
+        if not self._limited:
+            return None
+        memory = parsed(self.memory)
+        ahead = 0 if self.place is None else self.place.ahead
+        settle = settle_logarithm if memory == "least" else settle_nothing
+        if memory == "auto" or isinstance(memory, int):
+            copies = 1 if self.accumulate == "inplace" else 3
+            settle = Budget.of(memory, stepper, y0, outputs, list(sums) * copies, ahead).settle
+            if isinstance(self.place, Host) and y0.device.type == "cpu":
+                raise ArgumentError(
+                    "place=Host() is the memory in which a solve on the CPU works, so that a "
+                    "budget could not limit it; use place=Disk(folder), or leave memory= out"
+                )
+        most = What(_STORES.index(self.store))
+        if self.place is None:
+            return Ledger(stepper, Thinning(1), [Device().open()], most, settle)
+        stores = [Device().open(), self.place.open()]
+        return Ledger(stepper, Spill(All(most), 0), stores, most, settle)
+
     def sums(self, aliases: Sequence[Tensor]) -> InPlace:
         return _SUMS[self.accumulate](aliases)
 
@@ -95,24 +166,32 @@ class Symplectic(Strategy):
         return Record(saved, [stage.graph for stage in stepper.stages(step)])
 
     def reverse(self, sweep: Sweep) -> Tensor:
-        def step_at(n: int, end: Any) -> Any:
-            record = sweep.records[n]
+        def load(n: int, saved: Saved, end: Any) -> Any:
             dense = sweep.outputs[n].dense
             nodes = sweep.start(n), sweep.stop(n)
-            if self.store == "steps":
+            evaluates = self.store == "steps" or sweep.ledger is not None
+            if evaluates:
                 sweep.field.linearize(False)
-            step = sweep.stepper.load(sweep.field, *nodes, record.saved, end, dense)
-            if self.store == "steps":
+            step = sweep.stepper.load(sweep.field, *nodes, saved, end, dense)
+            if evaluates:
                 sweep.field.linearize(True)
-            stages = sweep.stepper.stages(step)
-            for stage in stages[1:]:
+            for stage in sweep.stepper.stages(step)[1:]:
                 stage.k = None  # has served to find the points, and is not needed any more
-            for stage, graph in zip(stages, record.graphs, strict=False):
+            return step
+
+        def step_at(n: int, end: Any) -> Any:
+            record = sweep.records[n]
+            step = load(n, record.saved, end)
+            for stage, graph in zip(sweep.stepper.stages(step), record.graphs, strict=False):
                 stage.graph = stage.graph or graph
             record.graphs = ()
             return step
 
-        return stagewise(sweep, step_at)
+        if sweep.ledger is None:
+            return stagewise(sweep, step_at)
+        steps = sweep.ledger.reversing(sweep, load)
+        next(steps)
+        return stagewise(sweep, lambda n, end: steps.send(end))
 
     def counts(self, stepper: Stepper, shape: SolveShape) -> Counts:
         """Each stage once; with ``store="steps"`` most of them once more, to find the next points.

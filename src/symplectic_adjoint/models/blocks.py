@@ -41,7 +41,7 @@ class ConcatSquash(nn.Module):
 
     def __init__(self, features_in: int, features_out: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(features_in, features_out)
+        self.linear = self._affine(features_in, features_out)
         self.gate_slope = nn.Parameter(torch.empty(features_out).uniform_(-1.0, 1.0))
         self.gate_offset = nn.Parameter(torch.empty(features_out).uniform_(-1.0, 1.0))
         self.shift = nn.Parameter(torch.empty(features_out).uniform_(-1.0, 1.0))
@@ -49,7 +49,38 @@ class ConcatSquash(nn.Module):
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Maps x at time t; see the class."""
         gate = torch.sigmoid(t * self.gate_slope + self.gate_offset)
-        return torch.addcmul(t * self.shift, self.linear(x), gate)
+        return torch.addcmul(self._along(t * self.shift), self.linear(x), self._along(gate))
+
+    def _affine(self, features_in: int, features_out: int) -> nn.Linear | nn.Conv2d:
+        return nn.Linear(features_in, features_out)
+
+    def _along(self, values: Tensor) -> Tensor:
+        """One value for each feature, in the shape that broadcasts with the output."""
+        return values
+
+
+class ConcatSquashConv2d(ConcatSquash):
+    """Convolution whose output is gated and shifted by time: ``ConcatSquash`` of each pixel.
+
+    The kernel has 3 x 3 pixels, and the image keeps its size.
+
+    Args:
+        features_in: Channels of the input.
+        features_out: Channels of the output.
+
+    Shape:
+        t is a scalar, x has shape (n, features_in, h, w), the result (n, features_out, h, w).
+
+    Example:
+        >>> ConcatSquashConv2d(2, 3)(torch.tensor(0.5), torch.zeros(7, 2, 4, 4)).shape
+        torch.Size([7, 3, 4, 4])
+    """
+
+    def _affine(self, features_in: int, features_out: int) -> nn.Linear | nn.Conv2d:
+        return nn.Conv2d(features_in, features_out, kernel_size=3, padding=1)
+
+    def _along(self, values: Tensor) -> Tensor:
+        return values[:, None, None]
 
 
 class Concat(nn.Module):
@@ -85,7 +116,49 @@ _LAYERS: dict[str, type[ConcatSquash] | type[Concat]] = {
 }
 
 
-class TimeMLP(nn.Module):
+class _TimeNetwork(nn.Module):
+    """Layers that see the time, and perhaps a context beside the state, with a last one of zero."""
+
+    def __init__(
+        self,
+        make: Callable[[int, int], ConcatSquash | Concat],
+        dim: int,
+        hidden: Sequence[int],
+        activation: Activation,
+        context: int,
+    ) -> None:
+        super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise UnknownNameError("activation", activation, _ACTIVATIONS)
+        widths = (dim + context, *hidden, dim)
+        if min(widths) < 1 or dim < 1 or context < 0:
+            raise ArgumentError(
+                f"every width must be at least 1, got dim={dim}, hidden={tuple(hidden)}, "
+                f"context={context}"
+            )
+        layers = [make(before, after) for before, after in pairwise(widths)]
+        last = layers[-1]
+        for parameter in (*last.linear.parameters(), last.shift):
+            nn.init.zeros_(parameter)
+        self.layers = nn.ModuleList(layers)
+        self.activation = _ACTIVATIONS[activation]
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Maps x at time t; see the class."""
+        *inner, last = self.layers
+        if context is not None:
+            x = torch.cat((x, self._beside(context, x)), dim=1)
+        for layer in inner:
+            x = self.activation(layer(t, x))
+        result: Tensor = last(t, x)
+        return result
+
+    def _beside(self, context: Tensor, x: Tensor) -> Tensor:
+        """The context in the shape of features of x."""
+        return context
+
+
+class TimeMLP(_TimeNetwork):
     """A multilayer perceptron f(t, x) whose every layer sees the time, of the width of x.
 
     The last layer starts as zero, so that the flow of dx/dt = f starts as the identity.
@@ -95,9 +168,11 @@ class TimeMLP(nn.Module):
         hidden: Widths of the hidden layers.
         layer: "concatsquash" or "concat".
         activation: "softplus" or "tanh", between the layers.
+        context: Width of what the first layer sees beside x.
 
     Shape:
-        t is a scalar, x has shape (..., dim), the result has the shape of x.
+        t is a scalar, x has shape (n, dim), or (..., dim) where there is no context, the context
+        (n, context); the result has the shape of x.
 
     Raises:
         UnknownNameError: The layer or activation is none of these.
@@ -115,29 +190,46 @@ class TimeMLP(nn.Module):
         hidden: Sequence[int] = (64, 64),
         layer: Layer = "concatsquash",
         activation: Activation = "softplus",
+        context: int = 0,
     ) -> None:
-        super().__init__()
         if layer not in _LAYERS:
             raise UnknownNameError("layer", layer, get_args(Layer))
-        if activation not in _ACTIVATIONS:
-            raise UnknownNameError("activation", activation, _ACTIVATIONS)
-        widths = (dim, *hidden, dim)
-        if min(widths) < 1:
-            raise ArgumentError(
-                f"every width must be at least 1, got dim={dim}, hidden={tuple(hidden)}"
-            )
-        make = _LAYERS[layer]
-        layers = [make(before, after) for before, after in pairwise(widths)]
-        last = layers[-1]
-        for parameter in (*last.linear.parameters(), last.shift):
-            nn.init.zeros_(parameter)
-        self.layers = nn.ModuleList(layers)
-        self.activation = _ACTIVATIONS[activation]
+        super().__init__(_LAYERS[layer], dim, hidden, activation, context)
 
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """Maps x at time t; see the class."""
-        *inner, last = self.layers
-        for layer in inner:
-            x = self.activation(layer(t, x))
-        result: Tensor = last(t, x)
-        return result
+
+class TimeConvNet(_TimeNetwork):
+    """A convolutional network f(t, x) whose every layer sees the time, of the shape of x.
+
+    The last layer starts as zero, so that the flow of dx/dt = f starts as the identity.
+
+    Args:
+        channels: Channels of x and of the output.
+        hidden: Channels of the hidden layers.
+        activation: "softplus" or "tanh", between the layers.
+        context: Width of what the first layer sees at every pixel beside x.
+
+    Shape:
+        t is a scalar, x has shape (n, channels, h, w), the context (n, context); the result has the
+        shape of x.
+
+    Raises:
+        UnknownNameError: The activation is none of these.
+        ArgumentError: A number of channels is below one.
+
+    Example:
+        >>> net = TimeConvNet(1, hidden=(8, 8))
+        >>> net(torch.tensor(0.0), torch.randn(5, 1, 8, 8)).shape
+        torch.Size([5, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: Sequence[int] = (64, 64, 64),
+        activation: Activation = "softplus",
+        context: int = 0,
+    ) -> None:
+        super().__init__(ConcatSquashConv2d, channels, hidden, activation, context)
+
+    def _beside(self, context: Tensor, x: Tensor) -> Tensor:
+        return context[:, :, None, None].expand(-1, -1, *x.shape[2:])

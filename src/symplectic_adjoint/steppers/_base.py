@@ -67,6 +67,7 @@ class Work:
         points_node: Whether the node is among those.
         varies: Whether steps take further stages between the ends, each of which says how many
             (``step.further``); the points of a step depend on all of them.
+        checks: Evaluations of a solve that only check that ``f`` suits the method.
     """
 
     inner: int
@@ -80,6 +81,7 @@ class Work:
     points_node: bool = False
     varies: bool = False
     start: int = 1
+    checks: int = 0
 
 
 @dataclass(slots=True)

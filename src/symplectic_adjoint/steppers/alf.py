@@ -146,11 +146,13 @@ class ALF:
     def load(
         self, field: DetachedField, start: Time, t1: Time, saved: Saved, end: ALFState, dense: bool
     ) -> ALFStep:
-        y, v = saved.tensors
-        token = saved.tokens[1] if saved.tokens else None
+        tokens = saved.tokens or (None, None)
+        state = self.resume(start, saved.tensors, tokens[0])
+        v = self.slope(field, state)  # evaluated where the step began anew
+        y, token = state.y, tokens[1]
         h = t1 - start
         mid = Stage(start + 0.5 * h, y + (0.5 * h) * v, None, token)
-        return ALFStep(start, t1, mid, ALFState(start, y, Stage(start, y, v)), end)
+        return ALFStep(start, t1, mid, state, end)
 
     def invert(self, start: Time, end: ALFState, token: RandomState | None) -> ALFStep:
         """The step that ends in ``end``; its start becomes known in ``transpose``."""

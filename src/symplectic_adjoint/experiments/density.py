@@ -1,0 +1,336 @@
+"""The paper's experiments on density estimation: what is trained, on what, and how it is measured.
+
+Source: Matsubara, Miyatake, Yaguchi, IEEE TNNLS 35(8), 2024, section V-A. The models are those of
+FFJORD (Grathwohl et al., ICLR 2019, appendix B.1).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from symplectic_adjoint import datasets
+from symplectic_adjoint._errors import UnknownNameError
+from symplectic_adjoint.datasets import BENCHMARKS, Dataset
+from symplectic_adjoint.experiments.config import CompareConfig, Model
+from symplectic_adjoint.experiments.density_page import density_page
+from symplectic_adjoint.experiments.measure import Probe, measure_cost
+from symplectic_adjoint.experiments.pages import Page
+from symplectic_adjoint.experiments.sweep import Cell, Outcome, Record, Work
+from symplectic_adjoint.experiments.train import (
+    EXACT_TRACE_LIMIT,
+    Session,
+    batch_of,
+    build_model,
+    noise_of,
+    prepared,
+    to_device,
+)
+from symplectic_adjoint.models import bits_per_pixel
+from symplectic_adjoint.models.blocks import Activation
+
+DIGITS = "digits"
+_DIGITS_LEVELS = 17
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The flow that FFJORD fits to a data set.
+
+    Attributes:
+        components: Stacked components, the paper's M.
+        hidden: Widths, or channels, of the hidden layers of each.
+        activation: Between the layers.
+        batch_size: Rows in a batch.
+        model: "mlp", or "conv" for images.
+    """
+
+    components: int
+    hidden: tuple[int, ...]
+    activation: Activation
+    batch_size: int
+    model: Model = "mlp"
+
+    def blocks(self, limit: int | None) -> int:
+        """Blocks in a stack; a flow of images has a stack at each of its three scales."""
+        components = _at_most(self.components, limit)
+        return components if self.model == "mlp" else max(1, components // 3)
+
+
+RECIPES = {
+    "miniboone": Recipe(1, (860, 860), "softplus", 1000),
+    "gas": Recipe(5, (160, 160, 160), "tanh", 1000),
+    "power": Recipe(5, (60, 60, 60), "tanh", 10000),
+    "hepmass": Recipe(10, (210, 210), "softplus", 10000),
+    "bsds300": Recipe(2, (1260, 1260, 1260), "softplus", 10000),
+    "mnist": Recipe(6, (64, 64, 64), "softplus", 200, "conv"),
+    DIGITS: Recipe(6, (64, 64, 64), "softplus", 200, "conv"),
+}
+"""The data sets in the order of the paper's table, and the digits that are always there."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of the paper's setting is run.
+
+    Attributes:
+        sets: Data sets that every strategy is trained on.
+        rows: At most so many training, validation and test rows; None for all.
+        components: At most so many components; None for the recipe's.
+        width: At most so many units in a hidden layer, or a fourth as many channels; None for the
+            recipe's.
+        depth: At most so many hidden layers; None for the recipe's.
+        batch_size: At most so many rows in a batch, or a fourth as many images; None for the
+            recipe's.
+        iterations: Optimiser steps of each strategy on each data set.
+        sweep_iterations: Optimiser steps of each cell of the sweeps.
+        sweep_set: Data set of the sweeps.
+        strategies: Strategies compared on every data set.
+        sweep_strategies: Strategies compared over methods and tolerances.
+        methods: Methods of the first sweep.
+        tolerances: Absolute tolerances of the second; the relative one is a hundred times that.
+        dtypes: Precisions of both.
+        tolerance: Absolute tolerance of everything but the second sweep.
+        max_steps: Attempted steps after which a solve counts as failed.
+        exact_trace: Up to so many columns test rows are scored with the exact trace.
+        learning_rate: Of Adam.
+    """
+
+    sets: tuple[str, ...]
+    rows: tuple[int, int, int] | None
+    components: int | None
+    width: int | None
+    depth: int | None
+    batch_size: int | None
+    iterations: int
+    sweep_iterations: int
+    sweep_set: str
+    strategies: tuple[str, ...] = (
+        "backprop",
+        "checkpoint",
+        "aca",
+        "symplectic",
+        "symplectic-steps",
+        "continuous",
+        "mali",
+    )
+    sweep_strategies: tuple[str, ...] = ("backprop", "symplectic", "continuous")
+    methods: tuple[str, ...] = ("adaptive_heun", "bosh3", "dopri5", "dopri8")
+    tolerances: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+    dtypes: tuple[str, ...] = ("float32", "float64")
+    tolerance: float = 1e-4
+    max_steps: int = 1000
+    exact_trace: int = EXACT_TRACE_LIMIT
+    learning_rate: float = 1e-2
+
+
+SCALES = {
+    "paper": Scale(
+        sets=tuple(RECIPES),
+        rows=None,
+        components=None,
+        width=None,
+        depth=None,
+        batch_size=None,
+        iterations=10_000,
+        sweep_iterations=1000,
+        sweep_set="miniboone",
+        tolerance=1e-8,
+        max_steps=10_000,
+        learning_rate=1e-3,
+    ),
+    "reduced": Scale(
+        sets=tuple(name for name in RECIPES if name != "mnist"),  # the digits are images enough
+        rows=(2000, 50, 50),
+        components=3,
+        width=32,
+        depth=2,
+        batch_size=32,
+        iterations=10,
+        sweep_iterations=6,
+        sweep_set="miniboone",
+        strategies=("backprop", "checkpoint", "aca", "symplectic", "continuous", "mali"),
+        max_steps=300,
+        exact_trace=8,
+        learning_rate=3e-3,
+    ),
+    "tiny": Scale(
+        sets=("gas", DIGITS),
+        rows=(60, 10, 10),
+        components=1,
+        width=8,
+        depth=1,
+        batch_size=8,
+        iterations=2,
+        sweep_iterations=2,
+        sweep_set="gas",
+        strategies=("backprop", "symplectic", "continuous"),
+        sweep_strategies=("symplectic", "continuous"),
+        methods=("bosh3",),
+        tolerances=(1e-2, 1e-8),
+        tolerance=1e-2,
+        max_steps=60,
+        exact_trace=0,
+    ),
+}
+
+
+class DensityStudy:
+    """Every strategy on every data set; every method, tolerance and precision on one.
+
+    Args:
+        scale: "paper", "reduced" or "tiny".
+        folder: Folder of the published files; None for generated stand-ins.
+        seed: Seed of everything random.
+        device: Device of torch.
+
+    Raises:
+        UnknownNameError: There is no such scale.
+        DataNotFoundError: A file is missing; the message says what to put where.
+    """
+
+    name = "density"
+
+    def __init__(
+        self, scale: str = "reduced", folder: Path | None = None, seed: int = 0, device: str = "cpu"
+    ) -> None:
+        if scale not in SCALES:
+            raise UnknownNameError("scale", scale, SCALES)
+        self.scale_name = scale
+        self.scale = SCALES[scale]
+        self.folder = folder
+        self.seed = seed
+        self.device = device
+        if folder is not None:
+            for name in {*self.scale.sets, self.scale.sweep_set} & set(BENCHMARKS):
+                BENCHMARKS[name].locate(folder)
+        self._data = functools.lru_cache(maxsize=1)(self._load)
+
+    def settings(self) -> dict[str, Any]:
+        """See ``Study``."""
+        return {
+            "scale": self.scale_name,
+            "data": None if self.folder is None else str(self.folder),
+            "seed": self.seed,
+            "device": self.device,
+        }
+
+    def cells(self) -> Sequence[Cell]:
+        """See ``Study``."""
+        scale = self.scale
+        cells = [
+            self._cell("data", name, strategy, together=True)
+            for name in scale.sets
+            for strategy in scale.strategies
+        ]
+        for dtype in scale.dtypes:
+            for strategy in scale.sweep_strategies:
+                cells += [
+                    self._cell("method", scale.sweep_set, strategy, dtype=dtype, method=method)
+                    for method in scale.methods
+                ]
+                cells += [
+                    self._cell("tolerance", scale.sweep_set, strategy, dtype=dtype, atol=tolerance)
+                    for tolerance in scale.tolerances
+                ]
+        return cells
+
+    def run(self, cell: Cell, work: Work) -> Outcome:
+        """See ``Study``."""
+        config = CompareConfig.from_dict(cell.settings["config"])
+        strategy = cell.settings["strategy"]
+        data = prepared(self._data(config.data), config)
+        session = Session(config, strategy, data, work.world)
+        work.train(session, every=config.checkpoint_every)
+        test_nll, trace = session.test(self.scale.exact_trace)
+        if not work.world.first:
+            return Outcome({})
+        batch = batch_of(to_device(data.train, config), config, 0)
+        noise = noise_of(session.model, batch, config, 0)
+        probe = Probe(session.model.state_dict(), batch, noise)
+        cost = measure_cost(build_model(config, strategy, data), probe)
+        result = {
+            "data": data.name,
+            "rows": [len(part) for part in (data.train, data.validation, data.test)],
+            "fingerprint": data.fingerprint(),
+            "initial_nll": session.history.validation[0][1],
+            "test_nll": test_nll,
+            "test_trace": trace,
+            "bits": self._bits(config, data, test_nll),
+            "nll": session.history.nll,
+            **cost.to_dict(),
+        }
+        return Outcome(result, {"iteration": session.history.seconds_per_iteration()})
+
+    def page(self, records: Mapping[str, Record]) -> Page:
+        """See ``Study``."""
+        return density_page(self.scale_name, self.folder is None, list(records.values()))
+
+    def _cell(
+        self, kind: str, name: str, strategy: str, *, together: bool = False, **given: Any
+    ) -> Cell:
+        config = replace(self._config(name), strategies=(strategy,))
+        if "atol" in given:
+            given["rtol"] = 100 * given["atol"]
+        config = replace(config, **given)
+        steps = self.scale.iterations if kind == "data" else self.scale.sweep_iterations
+        config = replace(config, iterations=steps, evaluate_every=max(1, steps // 10))
+        parts = [f"{given['atol']:.0e}" if "atol" in given else given.get("method", "")]
+        parts = [kind, name, *parts, given.get("dtype", ""), strategy]
+        settings = {"kind": kind, "strategy": strategy, "config": config.to_dict()}
+        return Cell("-".join(part for part in parts if part), settings, together)
+
+    def _config(self, name: str) -> CompareConfig:
+        scale, recipe = self.scale, RECIPES[name]
+        share = 4 if recipe.model == "conv" else 1
+        width, rows = (
+            None if limit is None else limit // share for limit in (scale.width, scale.batch_size)
+        )
+        return CompareConfig(
+            data=name,
+            rtol=100 * scale.tolerance,
+            atol=scale.tolerance,
+            max_steps=scale.max_steps,
+            model=recipe.model,
+            blocks=recipe.blocks(scale.components),
+            hidden=tuple(_at_most(units, width) for units in recipe.hidden[: scale.depth]),
+            activation=recipe.activation,
+            noise="gaussian",
+            batch_size=_at_most(recipe.batch_size, rows),
+            learning_rate=scale.learning_rate,
+            checkpoint_every=25,
+            seed=self.seed,
+            device=self.device,
+            sweep=(),
+        )
+
+    def _load(self, name: str) -> Dataset:
+        rows = self.scale.rows
+        if name == DIGITS:
+            return _cut(datasets.load(name, seed=self.seed), rows)
+        if self.folder is None:
+            return datasets.stand_in(name, rows=rows, seed=self.seed)
+        return _cut(datasets.load_benchmark(name, self.folder, seed=self.seed), rows)
+
+    def _bits(self, config: CompareConfig, data: Dataset, nll: float) -> float | None:
+        if data.image_shape is None:
+            return None
+        like = BENCHMARKS.get(config.data)
+        levels = _DIGITS_LEVELS if like is None or like.levels is None else like.levels
+        return bits_per_pixel(nll, data.dim, levels)
+
+
+def _at_most(value: int, limit: int | None) -> int:
+    return value if limit is None else min(value, limit)
+
+
+def _cut(data: Dataset, rows: tuple[int, int, int] | None) -> Dataset:
+    """The first rows of each split."""
+    if rows is None:
+        return data
+    parts = (data.train, data.validation, data.test)
+    train, validation, test = (part[:n] for part, n in zip(parts, rows, strict=True))
+    return replace(data, train=train, validation=validation, test=test)

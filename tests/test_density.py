@@ -1,0 +1,206 @@
+"""The study of density estimation, in its tiny form."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from symplectic_adjoint._errors import UnknownNameError
+from symplectic_adjoint.datasets import BENCHMARKS
+from symplectic_adjoint.experiments import density as density_module
+from symplectic_adjoint.experiments.commands import app
+from symplectic_adjoint.experiments.density import RECIPES, SCALES, DensityStudy
+from symplectic_adjoint.experiments.files import read_json
+from symplectic_adjoint.experiments.sweep import Record
+
+TINY = ("reproduce", "density", "--scale", "tiny")
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Resuming sets the number of threads of the process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def records(path: Path) -> dict[str, Record]:
+    found = [Record(**read_json(file)) for file in (path / "cells").iterdir()]
+    return {record.name: record for record in found}
+
+
+def results(path: Path) -> dict[str, Any]:
+    return {name: (r.status, r.message, r.result) for name, r in records(path).items()}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    code, stdout, _ = run(*TINY, "--out", out)
+    assert code == 0
+    assert f"Report: {out / 'report' / 'index.md'}" in stdout
+    return out
+
+
+def test_exact_strategies_are_exact_in_every_cell_and_the_continuous_adjoint_in_none(
+    straight: Path,
+) -> None:
+    found = records(straight)
+    assert set(found) == {cell.name for cell in DensityStudy("tiny").cells()}
+    for name, record in found.items():
+        assert record.status == "ok", (name, record.message)
+        assert record.result is not None
+        error = record.result["gradient_error_float64"]
+        if record.settings["strategy"] == "continuous":
+            assert error > 1e-10, name
+        else:
+            assert error <= 1e-12, name
+
+
+def test_exact_strategies_learn_the_same(straight: Path) -> None:
+    found = results(straight)
+    for data in ("gas", "digits"):
+        ours, theirs = (found[f"data-{data}-{name}"][2] for name in ("symplectic", "backprop"))
+        assert ours["nll"] == pytest.approx(theirs["nll"], rel=1e-5)
+        assert ours["peak_memory"] < theirs["peak_memory"]
+        assert ours["fingerprint"] == theirs["fingerprint"]
+
+
+def test_the_report_names_stand_ins_and_shows_every_cell(straight: Path) -> None:
+    page = (straight / "report" / "index.md").read_text()
+    assert "| gas (stand-in) | 1 | symplectic | yes |" in page
+    assert "| digits | 3 | backprop | yes |" in page
+    for name, rows in (
+        ("density_strategies", 6),
+        ("density_methods", 4),
+        ("density_tolerances", 8),
+    ):
+        table = json.loads((straight / "report" / f"{name}.json").read_text())
+        assert len(table["rows"]) == rows
+        assert {row["outcome"] for row in table["rows"]} == {"ok"}
+    for name in ("density_costs", "density_methods", "density_tolerances"):
+        assert (straight / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert b"<svg" in (straight / "report" / f"{name}.svg").read_bytes()
+
+
+def test_a_failed_training_is_reported_as_one(straight: Path) -> None:
+    found = records(straight)
+    name = "tolerance-gas-1e-08-float32-continuous"
+    failed = replace(found[name], status="step underflow", message="too small", result=None)
+    page = DensityStudy("tiny").page({**found, name: failed}).markdown()
+    assert "1 of 8 trainings failed: continuous in float32 at 1e-08 (step underflow)" in page
+    assert "| failed: step underflow |" in page
+
+
+def test_a_killed_study_continues_bit_for_bit_and_loses_no_cell(
+    straight: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "symplectic_adjoint.cli", *TINY, "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    third = out / "cells" / "data-gas-continuous.json"
+    deadline = time.monotonic() + 120
+    while not third.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    written = third.read_bytes()
+    assert not (out / "report").exists()
+    code, _, stderr = run(*TINY, "--out", out, "--resume")
+    assert code == 0, stderr
+    assert third.read_bytes() == written
+    assert results(out) == results(straight)
+
+
+def test_the_models_are_those_of_ffjord_and_the_paper() -> None:
+    components = {name: recipe.components for name, recipe in RECIPES.items()}
+    assert components == {
+        "miniboone": 1,
+        "gas": 5,
+        "power": 5,
+        "hepmass": 10,
+        "bsds300": 2,
+        "mnist": 6,
+        "digits": 6,
+    }
+    for name, factor in {
+        "power": 10,
+        "gas": 20,
+        "hepmass": 10,
+        "miniboone": 20,
+        "bsds300": 20,
+    }.items():
+        assert set(RECIPES[name].hidden) == {factor * BENCHMARKS[name].dim}
+    cells = {cell.name: cell.settings["config"] for cell in DensityStudy("paper").cells()}
+    assert cells["data-mnist-symplectic"]["blocks"] == 2  # at each of three scales
+    assert cells["data-hepmass-mali"]["hidden"] == [210, 210]
+    for dtype in ("float32", "float64"):
+        for method in ("adaptive_heun", "bosh3", "dopri5", "dopri8"):
+            assert cells[f"method-miniboone-{method}-{dtype}-symplectic"]["method"] == method
+        for exponent in range(2, 9):
+            config = cells[f"tolerance-miniboone-1e-0{exponent}-{dtype}-continuous"]
+            assert config["atol"] == 10**-exponent
+            assert config["rtol"] == pytest.approx(100 * config["atol"])
+            assert config["dtype"] == dtype
+
+
+def test_files_of_the_user_are_used_and_not_called_stand_ins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.random.default_rng(0).normal(size=(200, 43))
+    (tmp_path / "miniboone").mkdir()
+    np.save(tmp_path / "miniboone" / "data.npy", rows)
+    small = replace(BENCHMARKS["miniboone"], rows=(162, 18, 20))
+    monkeypatch.setitem(BENCHMARKS, "miniboone", small)
+    scale = replace(SCALES["tiny"], sets=("miniboone",), sweep_set="miniboone")
+    monkeypatch.setitem(density_module.SCALES, "tiny", scale)
+    data = DensityStudy("tiny", tmp_path)._data("miniboone")
+    assert data.name == "miniboone"
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [60, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "no/such/folder"), "gas needs no/such/folder/gas/ethylene_CO.pickle"),
+        (("--resume",), "holds no run to resume"),
+    ],
+)
+def test_what_cannot_be_run_is_said_and_leaves_no_folder(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    code, stdout, stderr = run(*TINY, *arguments, "--out", tmp_path / "run")
+    assert code == 2
+    assert message in stderr
+    assert stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_scale_is_named_with_its_neighbour() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'reduced'"):
+        DensityStudy("reduce")
