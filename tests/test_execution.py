@@ -475,9 +475,12 @@ def test_a_first_step_and_limits_of_steps_hold_in_the_loop() -> None:
 
 
 def test_a_size_that_func_makes_a_constant_is_no_symbol() -> None:
+    class Own(problems.Net):
+        """Read for the first time here."""
+
     sizes = []
     for batch, width in ((5, 2), (4, 2), (4, 3), (4, 4)):
-        func = problems.Net(dim=width, hidden=5)
+        func = Own(dim=width, hidden=5)
         y0 = torch.zeros(batch, width, dtype=torch.float64)
         sizes.append(sorted(lift(func, func, y0).graph.state_dims))
     # The batch has changed once; the width means other weights, whatever it is.

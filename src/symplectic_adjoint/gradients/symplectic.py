@@ -45,7 +45,7 @@ class Symplectic(Strategy):
             none of the memory.
         accumulate: How the parameters' gradients are summed over the stages: ``"inplace"`` in their
             own dtype; ``"float64"``; or ``"compensated"``, in their own dtype with the rounding
-            errors carried along. The latter two cost one more copy of the parameters.
+            errors carried along. The latter two hold several copies of the parameters at a time.
         memory: How much memory the solve and its backward pass may take, beside one evaluation of
             the network: a number of bytes, or a size such as ``"512MiB"``. Of each step is kept the
             most that still fits, no more than ``store`` says; when the budget is used up while the
