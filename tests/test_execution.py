@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import symplectic_adjoint as sa
+from symplectic_adjoint.execution import forward
 from symplectic_adjoint.execution.lift import lift
 from symplectic_adjoint.gradients import Strategy
 from symplectic_adjoint.models.cnf import CNF, SolverOptions
@@ -90,6 +91,95 @@ def test_a_compiled_gradient_is_exact_on_its_own_steps(strategy: Strategy, tier:
     )
     torch.testing.assert_close(solution.y, replayed.y, rtol=1e-13, atol=1e-13)
     for grad, want in zip(grads, wanted, strict=True):
+        assert (grad - want).norm() <= 1e-12 * want.norm()
+
+
+class Mixed(nn.Module):
+    """Residuals of many kinds: of softmax, of normalization, of views, of t, of a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(4, 6, dtype=torch.float64)
+        self.norm = nn.LayerNorm(6, dtype=torch.float64)
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.last = nn.Linear(3, 3, dtype=torch.float64)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        x = self.first(torch.cat([y, t.expand(len(y), 1)], 1))
+        gates, values = self.norm(x).unflatten(1, (2, 3)).unbind(1)
+        mixed = torch.softmax(gates, 1) * torch.nn.functional.silu(values) * self.scale**2
+        return self.last(mixed) - y * torch.tensor([1.0, 0.5, 0.2], dtype=torch.float64) * y.sin()
+
+
+@pytest.mark.parametrize(
+    ("method", "t", "steps", "again"),
+    [
+        ("bosh3", [0.0, 1.5], None, 0),  # the slope at the end is handed on
+        ("bosh3", [1.0, 0.11, -0.4999, -0.5], None, 1),  # outputs within steps, and in the last
+        ("midpoint", [0.0, 1.0, 2.0], 0.01, 0),  # each step begins anew; several records
+    ],
+)
+def test_residuals_that_the_loop_keeps_save_all_evaluations(
+    method: str, t: list[float], steps: float | None, again: int
+) -> None:
+    func = Mixed()
+    options: dict[str, Any] = {"method": method, "gradient": sa.Symplectic(store="graph")}
+    if steps is not None:
+        options["controller"] = grid(steps)
+    for batch in (4, 6, 5):
+        solution, grads = gradients("loop", func, state(batch), t, **options)
+        taken = sa.FixedGrid(grid_constructor=lambda f, y, t, steps=solution.steps: steps)
+        own = {**options, "gradient": "backprop", "controller": taken}
+        _, wanted = gradients("eager", func, state(batch), t, **own)
+        for grad, want in zip(grads, wanted, strict=True):
+            assert (grad - want).norm() <= 1e-12 * want.norm()
+        assert solution.stats.backward_evaluations == again
+        assert solution.stats.products > solution.stats.accepted
+    assert solution.stats.compile_seconds == 0  # for the third batch size
+
+
+@pytest.mark.parametrize(
+    ("method", "t", "steps"),
+    [("bosh3", [1.0, 0.11, 0.1, -0.5], None), ("rk4", [0.0, 1.0, 2.0], 0.02)],
+)
+def test_a_reverse_sweep_stage_by_stage_is_exact(
+    method: str, t: list[float], steps: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Long(problems.Net):
+        """Read for the first time here."""
+
+    monkeypatch.setattr(forward, "LONG", 2)
+    func = Long(dim=3, hidden=5)
+    options: dict[str, Any] = {"method": method}
+    if steps is not None:
+        options["controller"] = grid(steps)
+    for batch in (4, 6):
+        solution, grads = gradients("loop", func, state(batch), t, **options)
+        taken = sa.FixedGrid(grid_constructor=lambda f, y, t, steps=solution.steps: steps)
+        own = {**options, "controller": taken}
+        _, wanted = gradients("eager", func, state(batch), t, **{**own, "gradient": "backprop"})
+        for grad, want in zip(grads, wanted, strict=True):
+            assert (grad - want).norm() <= 1e-12 * want.norm()
+        eager, _ = gradients("eager", func, state(batch), t, **own)
+        assert solution.stats.products == eager.stats.products
+
+
+def test_a_function_that_writes_into_its_own_tensors_is_evaluated_again() -> None:
+    func = net()
+
+    def writing(t: Tensor, y: Tensor) -> Tensor:
+        k = func(t, y)
+        k.mul_(2.0).add_(y)
+        return k
+
+    options: dict[str, Any] = {"gradient": sa.Symplectic(store="graph"), "method": "midpoint"}
+    results = [
+        gradients(tier, writing, state(), [0.0, 1.0], controller=grid(0.1), **options)
+        for tier in ("loop", "eager")
+    ]
+    assert results[0][0].stats.backward_evaluations == results[0][0].stats.products
+    for grad, want in zip(*(grads for _, grads in results), strict=True):
         assert (grad - want).norm() <= 1e-12 * want.norm()
 
 
@@ -449,6 +539,32 @@ def test_odeint_and_modules_pass_the_tier_on() -> None:
         torch.testing.assert_close(y, wanted, rtol=1e-9, atol=1e-9)
     module = sa.NeuralODE(func, (0.0, 1.5), execution="loop", **options)
     torch.testing.assert_close(module(y0), wanted[-1], rtol=1e-9, atol=1e-9)
+
+
+def test_the_norm_of_a_tuple_by_its_parts_is_compiled() -> None:
+    func = net()
+
+    def coupled(t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return func(t, y[0]), 0.1 * y[0].sum(1)
+
+    results = []
+    for execution in ("loop", "eager"):
+        y0 = (state().requires_grad_(), torch.zeros(4, dtype=torch.float64))
+        t = torch.tensor([0.0, 1.5])
+        options: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6, "method": "bosh3"}
+        y, total = sa.odeint(coupled, y0, t, execution=execution, **options)
+        results.append([y, total, *torch.autograd.grad(total[-1].sum() + y.sum(), y0[0])])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_tier_that_is_asked_for_inside_a_transform_is_refused(tier: str) -> None:
+    def last(y0: Tensor) -> Tensor:
+        return sa.solve(net(), y0, [0.0, 0.5], execution=tier, **OPTIONS).y[-1].sum()
+
+    with pytest.raises(sa.CompilationError, match=r"torch\.func"):
+        torch.func.grad(last)(state())
 
 
 def test_an_unknown_tier_is_refused_with_the_nearest_one() -> None:

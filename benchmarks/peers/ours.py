@@ -28,7 +28,7 @@ _STRATEGIES: dict[str, Callable[[], Any]] = {
 _TIERS: dict[str, tuple[str, ...]] = {
     "eager": tuple(_STRATEGIES),
     "step": ("symplectic-stages", "symplectic-graph"),
-    "loop": ("symplectic-stages", "symplectic-steps"),
+    "loop": ("symplectic-stages", "symplectic-steps", "symplectic-graph"),
 }
 
 

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from symplectic_adjoint import gradients, steppers
 from symplectic_adjoint._compile import uncompiled
-from symplectic_adjoint._errors import ArgumentError, EventNotFoundError, SolveError, StepLimitError
+from symplectic_adjoint._errors import (
+    ArgumentError,
+    CompilationError,
+    EventNotFoundError,
+    SolveError,
+    StepLimitError,
+)
 from symplectic_adjoint._tree import StateSpec
 from symplectic_adjoint._types import Func
 from symplectic_adjoint.callbacks import Callbacks
@@ -151,7 +157,7 @@ def solve(
 
     capture = functools.partial(Capture, func, arguments, wanted.only)
     if transformed():
-        _check_lifted(dense, events, controller)
+        _check_lifted(dense, events, controller, execution)
         return solve_lifted(job, spec, flat, as_times(t), capture())
     task = job(flat, t, wanted)
     error: SolveError | None
@@ -263,7 +269,14 @@ def _not_found(solution: Solution) -> EventNotFoundError:
     )
 
 
-def _check_lifted(dense: bool, events: Sequence[Event], controller: Controller) -> None:
+def _check_lifted(
+    dense: bool, events: Sequence[Event], controller: Controller, execution: str
+) -> None:
+    if execution in ("step", "loop"):
+        raise CompilationError(
+            f"execution={execution!r} is not supported inside a transform of torch.func (grad, "
+            "vmap, jvp ...), where solves run eagerly; use 'auto' or 'eager', or torch.autograd"
+        )
     jumps = controller.jump_t if isinstance(controller, Adaptive) else None
     if isinstance(jumps, Tensor) and varies(jumps):
         raise ArgumentError(

@@ -27,7 +27,8 @@ class Stage:
         x: Where ``f`` is evaluated.
         k: Its value; None where only the point is known.
         token: State of the random generators before the evaluation; None unless ``f`` draws.
-        graph: The evaluation on the autograd tape, where it is kept.
+        graph: The evaluation on the autograd tape, or what a product with its transposed Jacobian
+            takes of it, where that is kept.
     """
 
     __slots__ = ("graph", "k", "t", "token", "x")
@@ -39,7 +40,7 @@ class Stage:
         self.x = x
         self.k = k
         self.token = token
-        self.graph: StageGraph | None = None
+        self.graph: Any = None
 
 
 class StageGraph(NamedTuple):

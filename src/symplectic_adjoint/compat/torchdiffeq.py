@@ -17,7 +17,7 @@ from symplectic_adjoint._errors import ArgumentError, UnknownNameError
 from symplectic_adjoint._tree import StateSpec, as_real
 from symplectic_adjoint._types import Func, Norm
 from symplectic_adjoint.api import default_gradient, resolved_stepper, solve
-from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid
+from symplectic_adjoint.controllers import Adaptive, Controller, FixedGrid, LargestPart
 from symplectic_adjoint.dense import linear
 from symplectic_adjoint.gradients import Continuous, Strategy
 from symplectic_adjoint.solution import Solution
@@ -434,12 +434,6 @@ def _state_norm(norm: Any, y0: Any) -> Norm | None:
     if isinstance(y0, Tensor):
         return norm if norm is None else lambda x: torch.as_tensor(norm(x))
     spec, _ = StateSpec.of(y0)
-    given = norm or _largest
-    return lambda x: torch.as_tensor(given(spec.unflatten(x)))
-
-
-def _largest(state: Any) -> Tensor:
-    """The largest root mean square of the leaves."""
-    leaves = [x for x in pytree.tree_leaves(state) if x.numel()]
-    sizes = [torch.linalg.vector_norm(x) / math.sqrt(x.numel()) for x in leaves]
-    return torch.stack(sizes).max() if sizes else torch.zeros(())
+    if norm is None:
+        return LargestPart(spec.sizes)
+    return lambda x: torch.as_tensor(norm(spec.unflatten(x)))

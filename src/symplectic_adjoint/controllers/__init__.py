@@ -1,7 +1,7 @@
 """Where steps end: on a fixed grid, or where the error estimate says."""
 
 from symplectic_adjoint.controllers._base import Controller, Pace, Setting, no_times, number
-from symplectic_adjoint.controllers.adaptive import Adaptive, AdaptivePace
+from symplectic_adjoint.controllers.adaptive import Adaptive, AdaptivePace, LargestPart
 from symplectic_adjoint.controllers.fixed import FixedGrid, GridPace
 from symplectic_adjoint.controllers.sensitivities import SensitivityControl
 
@@ -11,6 +11,7 @@ __all__ = [
     "Controller",
     "FixedGrid",
     "GridPace",
+    "LargestPart",
     "Pace",
     "SensitivityControl",
     "Setting",

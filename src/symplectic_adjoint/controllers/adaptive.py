@@ -30,6 +30,27 @@ _NUMBERS = (
 
 
 @dataclass(frozen=True)
+class LargestPart:
+    """A norm: the largest root mean square of the parts that a flat state is made of.
+
+    Attributes:
+        sizes: Number of elements of each part.
+
+    Example:
+        >>> float(LargestPart((2, 1))(torch.tensor([3.0, 4.0, 2.0]))) ** 2
+        12.5
+    """
+
+    sizes: tuple[int, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The norm of a state (n,)."""
+        parts = [part for part in x.split(self.sizes) if part.numel()]
+        means = [torch.linalg.vector_norm(part) / math.sqrt(part.numel()) for part in parts]
+        return torch.stack(means).max() if means else x.real.sum()
+
+
+@dataclass(frozen=True)
 class Adaptive:
     """Accepts a step whose scaled error is at most 1 and derives the next size from it.
 

@@ -8,17 +8,20 @@ attempt is overwritten by the next.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from symplectic_adjoint._types import Norm
 from symplectic_adjoint.controllers import Adaptive
 from symplectic_adjoint.execution.trace import (
     Compiled,
     Input,
+    Linear,
     Traced,
     TracedField,
     at,
@@ -28,6 +31,12 @@ from symplectic_adjoint.execution.trace import (
 from symplectic_adjoint.field import Stage
 from symplectic_adjoint.steppers import ExplicitRK
 from symplectic_adjoint.steppers.explicit_rk import RKState, RKStep
+
+LONG = 8
+"""Steps of more stages are reversed stage by stage."""
+
+LARGE = 2**20
+"""So are those of functions whose evaluation holds more bytes for its products."""
 
 
 class Now(NamedTuple):
@@ -83,86 +92,163 @@ class Records:
     Attributes:
         t: Step times (C + 1,), float64.
         y: Solution there (C + 1, ...).
-        points: For each inner stage where it was evaluated (C, ...), where these are kept.
+        kept: What else a method keeps of each step (C or C + 1, ...), see ``Method``.
         moments: What the solution within a step is made of (C, degree + 1, ...), where needed.
     """
 
     t: Tensor
     y: Tensor
-    points: list[Tensor]
+    kept: list[Tensor]
     moments: list[Tensor]
 
-    @staticmethod
-    def empty(y0: Tensor, capacity: int, points: int, moments: int) -> Records:
-        """Room for ``capacity`` steps."""
-        return Records(
-            torch.empty(capacity + 1, dtype=torch.float64, device=y0.device),
-            y0.new_empty((capacity + 1, *y0.shape)),
-            [y0.new_empty((capacity, *y0.shape)) for _ in range(points)],
-            [y0.new_empty((capacity, moments, *y0.shape))] if moments else [],
-        )
+    def begin(self, t: float | Tensor, y: Tensor, residuals: Sequence[Tensor]) -> None:
+        """Write where the first step starts; with a grid (m,), all of its times.
 
-    def begin(self, t: float | Tensor, y: Tensor) -> None:
-        """Write where the first step starts; with a grid (m,), all of its times."""
+        Args:
+            t: The times.
+            y: Solution there.
+            residuals: Those of the slope there, where the method hands it on and keeps them.
+        """
         self.t[: t.numel() if isinstance(t, Tensor) else 1] = t
         self.y[0] = y
+        for record, x in zip(self.kept, residuals, strict=False):
+            record[0] = x
 
     @staticmethod
-    def of(tensors: Sequence[Tensor]) -> Records:
-        """Records without moments, from their tensors."""
-        t, y, *points = tensors
-        return Records(t, y, points, [])
+    def of(tensors: Sequence[Tensor], dense: bool = False) -> Records:
+        """From all their tensors, with moments or without."""
+        t, y, *kept = tensors
+        return Records(t, y, kept, [kept.pop()] if dense else [])
 
     @property
     def tensors(self) -> list[Tensor]:
         """All of them."""
-        return [self.t, self.y, *self.points, *self.moments]
-
-    def inputs(self, state: Mapping[int, str]) -> list[Input]:
-        """All of them as inputs of a graph, beside a state with these changing dimensions."""
-        after = {d + 1: name for d, name in state.items()}
-        further = {d + 2: name for d, name in state.items()}
-        one = [Input(x, after) for x in (self.y, *self.points)]
-        return [Input(self.t), *one, *(Input(x, further) for x in self.moments)]
+        return [self.t, self.y, *self.kept, *self.moments]
 
 
 @dataclass(frozen=True)
 class Method:
     """A method at work on ``func``.
 
+    Of each step it keeps the residuals of the stages that are pulled back, those of the start
+    first, and then the points of the inner stages, (C, stages - 1, ...).
+
     Attributes:
         traced: ``func``.
         stepper: The method.
         dense: Whether there are outputs within the steps.
+        points: Whether points are kept.
+        linear: With this the residuals; otherwise none.
     """
 
     traced: Traced
     stepper: ExplicitRK
     dense: bool
+    points: bool
+    linear: Linear | None
 
     def carries(self, adaptive: bool) -> bool:
         """Whether the slope at the end of each step is known there, and handed to the next."""
         work = self.stepper.work
         return (adaptive and work.error_node) or (self.dense and work.dense_node)
 
-    def step(self, field: TracedField, start: RKState, t1: Tensor) -> RKStep:
-        """A step from a state to ``t1``."""
-        return self.stepper.step(field, start, t1)
-
-    def end(self, field: TracedField, step: RKStep, carries: bool) -> list[Tensor]:
-        """The slope at the end, where it is handed on."""
-        return [field.value(step.stages[self.stepper.node])] if carries else []
-
-    def write(self, field: TracedField, records: Sequence[Tensor], n: Tensor, step: RKStep) -> None:
-        """Write a step as number ``n``: what ``Records`` holds."""
-        (times, ys, *rest) = records
-        put(times, n + 1, torch.as_tensor(step.t1))
-        put(ys, n + 1, step.y1)
-        inner = [s.x for i, s in enumerate(step.stages) if i not in (0, self.stepper.node)]
+    @functools.cached_property
+    def pulled(self) -> Sequence[int]:
+        """The stages whose residuals are kept."""
+        if self.linear is None:
+            return ()
+        stepper = self.stepper
+        later = stepper.weighed(range(1, stepper.node + 1))
         if self.dense:
-            put(rest.pop(), n, self.stepper.moments(field, step))
-        for record, x in zip(rest, inner, strict=False):
-            put(record, n, x)
+            later |= {*stepper.dense_stages}
+        return (0, *sorted(later - {0, stepper.node}))
+
+    @functools.cached_property
+    def stagewise(self) -> bool:
+        """Whether the reverse sweep takes one stage a round, and not a step.
+
+        That is a shorter graph, and holds one evaluation at a time where the compiler would take
+        those of a step together; it takes more rounds, which matters where they are cheap.
+        """
+        node, columns = self.stepper.node, self.stepper.columns
+        each = all(any(row <= node for _, row in columns[i]) for i in range(node))
+        if not self.points or self.linear is not None or not each:
+            return False
+        return node > LONG or self.traced.held > LARGE
+
+    def records(self, y0: Tensor, tensors: Sequence[Tensor], capacity: int) -> Records:
+        """Room for ``capacity`` steps."""
+        residuals = () if self.linear is None else self.linear.residuals
+        sizes = self.traced.sizes(y0, tensors)
+        kept = [
+            residual.record(capacity + (i == 0), sizes, y0.device)
+            for i in self.pulled
+            for residual in residuals
+        ]
+        inner = self.stepper.node - 1
+        if self.points and inner:
+            kept.append(y0.new_empty((capacity, inner, *y0.shape)))
+        moments = [self.stepper.dense.degree + 1] if self.dense else []
+        return Records(
+            torch.empty(capacity + 1, dtype=torch.float64, device=y0.device),
+            y0.new_empty((capacity + 1, *y0.shape)),
+            kept,
+            [y0.new_empty((capacity, count, *y0.shape)) for count in moments],
+        )
+
+    def inputs(self, records: Records) -> list[Input]:
+        """Records as inputs of a graph."""
+        state = self.traced.graph.state_dims
+        after = {d + 1: name for d, name in state.items()}
+        further = {d + 2: name for d, name in state.items()}
+        residuals = () if self.linear is None else self.linear.residuals
+        dims = [x.dims for _ in self.pulled for x in residuals]
+        dims += [further] * (len(records.kept) - len(dims))
+        return [
+            Input(records.t),
+            Input(records.y, after),
+            *(Input(x, own) for x, own in zip(records.kept, dims, strict=True)),
+            *(Input(x, further) for x in records.moments),
+        ]
+
+    def write(
+        self, field: TracedField, records: Records, n: Tensor, step: RKStep, carries: bool
+    ) -> list[Tensor]:
+        """Write a step as number ``n``; returns the slope at its end, where it is handed on."""
+        stages, node = step.stages, self.stepper.node
+        ends = [field.value(stages[node])] if carries else []
+        put(records.t, n + 1, torch.as_tensor(step.t1))
+        put(records.y, n + 1, step.y1)
+        for moments in records.moments:
+            put(moments, n, self.stepper.moments(field, step))
+        kept = iter(records.kept)
+        for i in self.pulled:
+            handed = i == 0 and carries
+            for x in stages[node if handed else i].graph:
+                put(next(kept), n + 1 if handed else n, x)
+        for points in kept:
+            put(points, n, torch.stack([stage.x for stage in stages[1:node]]))
+        return ends
+
+    def read(
+        self, field: TracedField, records: Records, n: Tensor, t: tuple[Tensor, Tensor]
+    ) -> RKStep:
+        """Step number ``n`` between two times, as it was kept, or taken once more."""
+        y = at(records.y, n)
+        start = RKState(t[0], y, Stage(t[0], y))
+        if not self.points:
+            return self.stepper.step(field, start, t[1])
+        step = RKStep(start, t[1], t[1] - t[0], [start.node], (), self.stepper.node)
+        count = 0 if self.linear is None else len(self.linear.residuals)
+        kept = iter([at(x, n) for x in records.kept])
+        graphs = {i: [next(kept) for _ in range(count)] for i in self.pulled}
+        for points in kept:
+            for i, x in enumerate(points.unbind(), start=1):
+                step.stages.append(Stage(self.stepper.time(step, i), x))
+        for i, graph in graphs.items():
+            step.stages[i].graph = graph
+        step.stages.append(Stage(t[1], y))  # the node, which is not pulled back here
+        return step
 
 
 def adaptive_loop(
@@ -172,6 +258,7 @@ def adaptive_loop(
     tolerances: tuple[Tensor, Tensor],
     stops: Tensor,
     records: Records,
+    norm: Norm,
 ) -> Compiled:
     """Compile ``(now, y, *k, constants, stops, rtol, atol, *tensors, *records) -> (now, y, *k)``.
 
@@ -180,7 +267,7 @@ def adaptive_loop(
     vector = torch.empty(len(Now._fields), dtype=torch.float64, device=y0.device)
     constants = torch.empty(len(Constants._fields), dtype=torch.float64, device=y0.device)
     state = method.traced.graph.state_dims
-    loop = _Adaptive(method, len(records.t) - 1)
+    loop = _Adaptive(method, len(records.t) - 1, norm)
     return compiled_loop(
         loop.goes_on,
         loop.attempt,
@@ -191,7 +278,7 @@ def adaptive_loop(
             *(Input(x, _like_state(x, y0, state)) for x in tolerances),
             *method.traced.inputs(tensors),
         ],
-        records.inputs(state),
+        method.inputs(records),
     )
 
 
@@ -208,7 +295,7 @@ def grid_loop(method: Method, y0: Tensor, tensors: Sequence[Tensor], records: Re
         loop.step,
         [Input(count), *(Input(y0, state) for _ in range(1 + loop.carries))],
         [Input(count), Input(records.t), *method.traced.inputs(tensors)],
-        records.inputs(state),
+        method.inputs(records),
     )
 
 
@@ -221,8 +308,9 @@ def _like_state(x: Tensor, y0: Tensor, state: dict[int, str]) -> dict[int, str]:
 class _Adaptive:
     """The loop of an adaptive solve, by the rules of ``controllers.Adaptive``."""
 
-    def __init__(self, method: Method, capacity: int) -> None:
+    def __init__(self, method: Method, capacity: int, norm: Norm) -> None:
         self.method = method
+        self.norm = norm
         self.capacity = capacity
         self.carries = method.carries(True)
         order = method.stepper.error_order
@@ -244,13 +332,15 @@ class _Adaptive:
         stop = _next_stop(stops, s.t, c)
         last = s.h >= (stop - s.t).abs() * (1 - 1e-10)
         t1 = torch.where(last, stop, s.t + c.direction * s.h)
-        field = TracedField(self.method.traced, y, tensors)
-        step = self.method.step(field, RKState(s.t, y, Stage(s.t, y, k[0] if k else None)), t1)
+        field = TracedField(self.method.traced, y, tensors, self.method.linear)
+        start = RKState(s.t, y, Stage(s.t, y, k[0] if k else None))
+        step = self.method.stepper.step(field, start, t1)
         size = torch.maximum(y.abs(), step.y1.abs())
-        error = _norm(self.method.stepper.error(field, step), size, (rtol, atol))
+        scaled = self.method.stepper.error(field, step) / torch.addcmul(atol, size, rtol)
+        error = self.norm(scaled).double()
         new, accepted = self._judge(s, c, t1, error)
-        self.method.write(field, records, s.n.long(), step)
-        ends = [step.y1, *self.method.end(field, step, self.carries)]
+        held = Records.of(records, self.method.dense)
+        ends = [step.y1, *self.method.write(field, held, s.n.long(), step, self.carries)]
         chosen = (torch.where(accepted, x1, x) for x1, x in zip(ends, (y, *k), strict=True))
         return [new, *chosen], field
 
@@ -295,13 +385,16 @@ class _Grid:
     ) -> tuple[Sequence[Tensor], TracedField]:
         n, y, *k = carried
         _, times, *tensors = constants
-        field = TracedField(self.method.traced, y, tensors)
+        field = TracedField(self.method.traced, y, tensors, self.method.linear)
         t = at(times, n)
-        step = self.method.step(
-            field, RKState(t, y, Stage(t, y, k[0] if k else None)), at(times, n + 1)
-        )
-        self.method.write(field, records, n, step)
-        return [n + 1, step.y1.clone(), *self.method.end(field, step, self.carries)], field
+        start = RKState(t, y, Stage(t, y, k[0] if k else None))
+        step = self.method.stepper.step(field, start, at(times, n + 1))
+        held = Records.of(records, self.method.dense)
+        return [
+            n + 1,
+            step.y1.clone(),
+            *self.method.write(field, held, n, step, self.carries),
+        ], field
 
 
 def _next_stop(stops: Tensor, t: Tensor, c: Constants) -> Tensor:
@@ -309,9 +402,3 @@ def _next_stop(stops: Tensor, t: Tensor, c: Constants) -> Tensor:
     ahead = (stops - t) * c.direction
     stop: Tensor = t + c.direction * torch.where(ahead > 0, ahead, torch.inf).amin()
     return stop
-
-
-def _norm(x: Tensor, size: Tensor, tolerances: tuple[Tensor, Tensor]) -> Tensor:
-    rtol, atol = tolerances
-    norm: Tensor = torch.linalg.vector_norm(x / torch.addcmul(atol, size, rtol))
-    return norm.double()

@@ -166,12 +166,14 @@ def _call(func: Any, t: Tensor, y: Tensor) -> Tensor:
 
 def _backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     _refuse_effects()
+    module = _copied(module)
     _drop_detach(module)
+    constants = _taken_out(module)
     sizes, dynamic = _shapes(module)
     graph = Graph(module, sizes, dynamic)
 
     def run(*args: Any) -> tuple[Any]:
-        _caught.graph, _caught.args = graph, args
+        _caught.graph, _caught.args = graph, (*args, *constants)
         return (args[0] if args else None,)
 
     return run
@@ -195,12 +197,36 @@ def _refuse_effects() -> None:
             raise CompilationError(f"func changes a Python object ({kind}) at every evaluation")
 
 
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    """TorchDynamo looks at the inputs of its own graph again."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule(module, graph)
+
+
 def _drop_detach(module: fx.GraphModule) -> None:
     (output,) = module.graph.find_nodes(op="output")
     (result,) = output.args[0]
     output.args = ((result.args[0],),)
     module.graph.erase_node(result)
     module.recompile()
+
+
+def _taken_out(module: fx.GraphModule) -> list[Tensor]:
+    """Makes inputs of the tensors that ``func`` makes of numbers; a loop can hold no constants."""
+    graph, constants = module.graph, []
+    *_, last = graph.find_nodes(op="placeholder") or [None]
+    for node in graph.find_nodes(op="call_function", target=torch.tensor):
+        if node.all_input_nodes or node.kwargs.get("requires_grad"):
+            continue
+        constants.append(torch.tensor(*node.args, **node.kwargs))
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"constant_{len(constants)}")
+        last.meta = node.meta
+        node.replace_all_uses_with(last)
+        graph.erase_node(node)
+    module.recompile()
+    return constants
 
 
 def _shapes(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,10 +23,12 @@ from symplectic_adjoint.execution.forward import (
 )
 from symplectic_adjoint.execution.lift import Graph
 from symplectic_adjoint.execution.reverse import Cotangents, reverse_loop
-from symplectic_adjoint.execution.trace import Compiled, Traced
+from symplectic_adjoint.execution.trace import Traced
 from symplectic_adjoint.loop import Outputs, OutputTimes, Run
 from symplectic_adjoint.steppers import ExplicitRK
 from symplectic_adjoint.steppers._base import powers
+
+T = TypeVar("T")
 
 STEPS = 64
 """Steps in a record: the more, the fewer calls; the fewer, the less memory lies idle."""
@@ -42,14 +44,12 @@ class Program:
     Attributes:
         method: Both of them.
         capacity: Steps in a record.
-        points: How many points are kept of a step.
         compiled: What was compiled so far, by what else it depends on.
     """
 
     method: Method
     capacity: int
-    points: int
-    compiled: dict[Any, Compiled] = field(default_factory=dict)
+    compiled: dict[Any, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -57,32 +57,49 @@ class Program:
         tensors: Sequence[Tensor],
         stepper: ExplicitRK,
         y0: Tensor,
-        points: bool,
+        keeps: str,
         dense: bool,
     ) -> Program:
-        """The program for a solve, compiled before or, in part, on its first use."""
+        """The program for a solve, compiled before or, in part, on its first use.
+
+        Args:
+            graph: ``func``.
+            tensors: What it depends on.
+            stepper: The method.
+            y0: The initial state.
+            keeps: What is kept of each step: ``"residuals"``, ``"points"`` or ``"states"``.
+            dense: Whether there are outputs within the steps.
+        """
         wanted = tuple(x.requires_grad for x in tensors)
         threads = torch.get_num_threads()
-        key = (stepper.tableau, stepper.dense, points, dense, wanted, threads)
+        key = (stepper.tableau, stepper.dense, keeps, dense, wanted, threads)
         if key not in graph.programs:
             traced = _traced(graph, y0, tensors, wanted)
-            kept = stepper.node - 1 if points else 0
-            graph.programs[key] = Program(
-                Method(traced, stepper, dense), _capacity(y0, 1 + kept), kept
-            )
+            linear = traced.linear if keeps == "residuals" else None
+            method = Method(traced, stepper, dense, keeps != "states", linear)
+            one = method.records(y0, tensors, 1)
+            graph.programs[key] = Program(method, _capacity(sum(x.nbytes for x in one.tensors)))
         program: Program = graph.programs[key]
         return program
 
-    def get(self, key: Any, compile_: Callable[[], Compiled]) -> Compiled:
+    def get(self, key: Any, compile_: Callable[[], T]) -> T:
         """What was compiled under a key."""
         if key not in self.compiled:
             self.compiled[key] = compile_()
-        return self.compiled[key]
+        result: T = self.compiled[key]
+        return result
 
-    def records(self, y0: Tensor) -> Records:
+    def records(self, y: Tensor, tensors: Sequence[Tensor]) -> Records:
         """Room for as many steps as one call takes."""
-        moments = self.method.stepper.dense.degree + 1 if self.method.dense else 0
-        return Records.empty(y0, self.capacity, self.points, moments)
+        return self.method.records(y, tensors, self.capacity)
+
+    def slope(self, t: float, y: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The slope at a point, and its residuals where they are kept."""
+        time, method = torch.full((), t, dtype=real_dtype(y), device=y.device), self.method
+        if method.linear is None:
+            return method.traced.value(time, y, *tensors), []
+        k, *residuals = method.linear.linearize(time, y, *tensors)
+        return k, residuals
 
 
 def _traced(graph: Graph, y0: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Traced:
@@ -93,10 +110,10 @@ def _traced(graph: Graph, y0: Tensor, tensors: Sequence[Tensor], wanted: Sequenc
     return traced
 
 
-def _capacity(y0: Tensor, states: int) -> int:
+def _capacity(size: int) -> int:
     """A power of two, so that growing sizes do not each mean another graph."""
     steps = STEPS
-    while steps > 4 and steps * states * y0.nbytes > BYTES:
+    while steps > 4 and steps * size > BYTES:
         steps //= 2
     return steps
 
@@ -122,7 +139,7 @@ def adaptive(
     program: Program,
     pace: AdaptivePace,
     setting: Setting,
-    start: tuple[float, Tensor, Tensor],
+    start: tuple[float, Tensor, Tensor, Sequence[Tensor]],
     tensors: Sequence[Tensor],
 ) -> Iterator[Chunk]:
     """Solve adaptively.
@@ -131,7 +148,7 @@ def adaptive(
         program: What to run.
         pace: The controller, which has chosen the first step size.
         setting: Where to stop, and the tolerances.
-        start: Time, state and slope there.
+        start: Time, state, and slope there with its residuals.
         tensors: What ``func`` depends on.
 
     Yields:
@@ -140,23 +157,24 @@ def adaptive(
     Raises:
         Stuck: The end cannot be reached.
     """
-    t, y, k = start
+    t, y, k, residuals = start
     controller = pace.controller
     float64: Any = {"dtype": torch.float64, "device": y.device}
     constants = Constants.of(controller, setting.end, setting.direction, pace.error_order)
     vector = torch.tensor(constants, **float64)
     stops = torch.tensor([*pace.stops, setting.end], **float64)
     tolerances = pace.tolerances(y)
-    method, records = program.method, program.records(y)
-    key = ("adaptive", *(x.shape for x in tolerances))
+    method, records = program.method, program.records(y, tensors)
+    norm = controller.norm or torch.linalg.vector_norm
     run = program.get(
-        key, functools.partial(adaptive_loop, method, y, tensors, tolerances, stops, records)
+        ("adaptive", norm, *(x.shape for x in tolerances)),
+        functools.partial(adaptive_loop, method, y, tensors, tolerances, stops, records, norm),
     )
     others = (vector, stops, *tolerances, *tensors)
     now = Now(t, pace.h, 1.0, 1.0, 0.0, 0.0, 0.0)
     carried = [y, k] if method.carries(True) else [y]
     while True:
-        records.begin(now.t, carried[0])
+        records.begin(now.t, carried[0], residuals)
         before = now.attempts
         out, *carried = run.call(torch.tensor(now, **float64), *carried, *others, *records.tensors)
         now = Now(*out.tolist())
@@ -167,7 +185,8 @@ def adaptive(
         if now.n < program.capacity:
             raise Stuck
         now = now._replace(n=0.0)
-        records = program.records(y)
+        residuals = _handed(method, records, program.capacity, True)
+        records = program.records(y, tensors)
 
 
 def on_grid(
@@ -177,18 +196,27 @@ def on_grid(
     method, capacity = program.method, program.capacity
     times = torch.tensor(grid, dtype=torch.float64, device=y.device)
     zero = torch.zeros((), dtype=torch.int64, device=y.device)
-    carried = [y]
+    carried, residuals = [y], list[Tensor]()
     if method.carries(False):
-        carried.append(method.traced.value(times[0].to(y.dtype), y, *tensors))
+        slope, residuals = program.slope(grid[0], y, tensors)
+        carried.append(slope)
     for first in range(0, len(grid) - 1, capacity):
-        records = program.records(y)
+        records = program.records(y, tensors)
         part = times[first : first + capacity + 1]
-        records.begin(part, carried[0])
+        records.begin(part, carried[0], residuals)
         run = program.get("grid", functools.partial(grid_loop, method, y, tensors, records))
         others = (torch.full_like(zero, len(part) - 1), records.t.clone(), *tensors)
         _, *carried = run.call(zero, *carried, *others, *records.tensors)
         steps = len(part) - 1
+        residuals = _handed(method, records, steps, False)
         yield Chunk(records, steps, steps, steps * run.evaluations)
+
+
+def _handed(method: Method, records: Records, n: int, adaptive: bool) -> list[Tensor]:
+    """The residuals of the slope at state ``n``, where it is handed on."""
+    if method.linear is None or not method.carries(adaptive):
+        return []
+    return [x[n] for x in records.kept[: len(method.linear.residuals)]]
 
 
 @dataclass
@@ -322,11 +350,10 @@ def reverse(
         run = program.get(
             key, functools.partial(reverse_loop, method, lam, tensors, records, cotangents)
         )
-        steps = torch.full((), recording.counts[i], dtype=torch.int64, device=g.device)
-        kept = (records.t, records.y, *records.points)
-        _, lam = run.call(steps, lam, *kept, *cotangents.tensors, *tensors, *sums)
-        evaluations += recording.counts[i] * run.evaluations
-        products += recording.counts[i] * run.products
+        steps = recording.counts[i]
+        lam = run.run(steps, lam, records, cotangents, tensors, sums)
+        evaluations += steps * run.body.rounds * run.compiled.evaluations
+        products += steps * run.body.rounds * run.compiled.products
     return Reversed(lam + g[0], evaluations + chunks.ends, products + chunks.ends)
 
 

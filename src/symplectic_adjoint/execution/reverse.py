@@ -1,11 +1,8 @@
-"""The reverse sweep over a record of steps, as one compiled graph with a loop inside.
-
-Each round transposes one step and pulls back the stage at its start, where the step meets what the
-one before has put on its node. So there is one product a stage, and none more.
-"""
+"""The reverse sweep over a record of steps, as one compiled graph with a loop inside."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +17,10 @@ from symplectic_adjoint.execution.trace import (
     TracedField,
     at,
     compiled_loop,
+    put,
 )
 from symplectic_adjoint.field import Stage
 from symplectic_adjoint.steppers._base import DenseMoments, Reversal
-from symplectic_adjoint.steppers.explicit_rk import RKState, RKStep
 
 
 @dataclass
@@ -47,84 +44,182 @@ class Cotangents:
         return [*self.hits, *self.moments, *self.nodes]
 
 
+class Stepwise:
+    """A round transposes one step, and pulls back the stage at its start.
+
+    There the step meets what the one before has put on its node; so there is one product a stage,
+    and none more.
+    """
+
+    rounds, states, rows = 1, 1, 0
+    tables: Sequence[Tensor] = ()
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def pull(
+        self,
+        field: TracedField,
+        carried: Sequence[Tensor],
+        records: Records,
+        cotangents: Cotangents,
+        tables: Sequence[Tensor],
+        work: Sequence[Tensor],
+    ) -> Sequence[Tensor]:
+        after, lam = carried
+        n = after - 1
+        step = self.method.read(field, records, n, (at(records.t, n), at(records.t, after)))
+        lam = sum((at(g, n) for g in cotangents.hits), start=lam)
+        dense = [DenseMoments(at(x, n)) for x in cotangents.moments]
+        mu = [at(x, n) for x in cotangents.nodes]
+        whole: Any = field  # it pulls back, and Reversal asks for no more
+        lam = self.method.stepper.transpose_alone(
+            Reversal(whole), 0, step, lam, dense[0] if dense else None, mu[0] if mu else None
+        )
+        return [lam]
+
+
+class Stagewise:
+    """A round pulls back one stage, so that the graph is short and holds one evaluation.
+
+    The recursion of ``steppers.explicit_rk`` with the weights read from tables: what is carried is
+    ``lam`` and the sum of it and of the ``v_i`` so far, which is the next ``lam`` after stage 0.
+    """
+
+    states = 2
+
+    def __init__(self, method: Method, like: Tensor) -> None:
+        stepper = method.stepper
+        self.rounds = self.rows = stages = stepper.node
+        weights = torch.zeros(stages + 1, stages, dtype=torch.float64)
+        for row in range(1, stages + 1):
+            for weight, i in stepper.rows[row]:
+                weights[row, i] = weight
+        c = torch.tensor(stepper.c[:stages], dtype=torch.float64)
+        dense = torch.tensor(stepper.dense.centred[:stages], dtype=torch.float64)
+        self.tables = [
+            weights.T.contiguous().to(like),
+            c.to(like.device),
+            *([dense.to(like)] if method.dense else []),
+        ]
+
+    def pull(
+        self,
+        field: TracedField,
+        carried: Sequence[Tensor],
+        records: Records,
+        cotangents: Cotangents,
+        tables: Sequence[Tensor],
+        work: Sequence[Tensor],
+    ) -> Sequence[Tensor]:
+        after, lam, total = carried
+        (v,), (weights, c, *dense) = work, tables
+        n, i = (after - 1) // self.rounds, (after - 1) % self.rounds
+        start, last = i == 0, i == self.rounds - 1
+        for g in cotangents.hits:
+            total = total + torch.where(last, at(g, n), 0)
+        lam = torch.where(last, total, lam)
+        row, h = at(weights, i), at(records.t, n + 1) - at(records.t, n)
+        kappa = torch.tensordot(row[:-1], v, dims=1) + row[-1] * lam
+        for moments, shares in zip(cotangents.moments, dense, strict=True):
+            kappa = kappa + torch.tensordot(at(shares, i), at(moments, n), dims=1)
+            total = total + torch.where(start, at(moments, n)[0], 0)
+        kappa = h.to(kappa) * kappa
+        for mu in cotangents.nodes:
+            kappa = kappa + torch.where(start, at(mu, n), 0)
+        pulled = field.pull(self._stage(records, n, i, at(c, i) * h), kappa)
+        put(v, i, pulled.v)
+        return [lam.clone(), total + pulled.v]
+
+    def _stage(self, records: Records, n: Tensor, i: Tensor, ahead: Tensor) -> Stage:
+        x = at(records.y, n)
+        for points in records.kept:
+            inner = n * (self.rounds - 1) + torch.clamp(i - 1, min=0)
+            x = torch.where(i == 0, x, at(points.flatten(0, 1), inner))
+        return Stage(at(records.t, n) + ahead, x)
+
+
+@dataclass
+class Reverse:
+    """A compiled reverse sweep over a record of steps.
+
+    Attributes:
+        compiled: The loop.
+        body: A round of it.
+    """
+
+    compiled: Compiled
+    body: Stepwise | Stagewise
+
+    def run(
+        self,
+        steps: int,
+        lam: Tensor,
+        records: Records,
+        cotangents: Cotangents,
+        tensors: Sequence[Tensor],
+        sums: Sequence[Tensor],
+    ) -> Tensor:
+        """The cotangent of the first state.
+
+        Args:
+            steps: How many steps there are.
+            lam: The cotangent of the last state.
+            records: The steps.
+            cotangents: Those of their outputs.
+            tensors: What ``func`` depends on.
+            sums: To which the gradients of the tensors that need one are added.
+        """
+        body = self.body
+        after = torch.full((), steps * body.rounds, dtype=torch.int64, device=lam.device)
+        work = [lam.new_zeros((body.rows, *lam.shape))] if body.rows else []
+        constants = (*records.tensors, *cotangents.tensors, *body.tables, *tensors)
+        _, *lams = self.compiled.call(after, *[lam] * body.states, *constants, *work, *sums)
+        return lams[-1]
+
+
 def reverse_loop(
     method: Method,
     y0: Tensor,
     tensors: Sequence[Tensor],
     records: Records,
     cotangents: Cotangents,
-) -> Compiled:
-    """Compile ``(steps, lam, t, y, *points, *cotangents, *tensors, *sums) -> (0, lam)``.
-
-    The gradients of the tensors that need one are added to ``sums``.
-    """
+) -> Reverse:
+    """Compile ``(rounds, *lams, *constants, *written) -> (0, *lams)``; see ``Reverse``."""
     state = method.traced.graph.state_dims
     after = {d + 1: name for d, name in state.items()}
     further = {d + 2: name for d, name in state.items()}
     pairs = list(zip(method.traced.inputs(tensors), method.traced.wanted, strict=True))
-    loop = _Reverse(method, len(records.points), cotangents)
-    return compiled_loop(
-        loop.goes_on,
-        loop.transpose,
-        [Input(torch.empty((), dtype=torch.int64, device=y0.device)), Input(y0, state)],
-        [
-            Input(records.t),
-            *(Input(x, after) for x in (records.y, *records.points, *cotangents.hits)),
-            *(Input(x, further) for x in cotangents.moments),
-            *(Input(x, after) for x in cotangents.nodes),
-            *(x for x, _ in pairs),
-        ],
-        [x for x, want in pairs if want],
-    )
-
-
-class _Reverse:
-    def __init__(self, method: Method, points: int, cotangents: Cotangents) -> None:
-        self.method = method
-        counts = (
-            1,
-            1,
-            points,
-            len(cotangents.hits),
-            len(cotangents.moments),
-            len(cotangents.nodes),
-        )
-        self.bounds = [sum(counts[:i]) for i in range(len(counts) + 1)]
-
-    def goes_on(self, carried: Sequence[Tensor], constants: Sequence[Tensor]) -> Tensor:
-        return carried[0] > 0
+    body = Stagewise(method, y0) if method.stagewise else Stepwise(method)
+    parts = (records.tensors, cotangents.hits, cotangents.moments, cotangents.nodes, body.tables)
+    bounds = [0, *itertools.accumulate(map(len, parts))]
+    work = [Input(y0.new_empty((body.rows, *y0.shape)), after)] if body.rows else []
 
     def transpose(
-        self, carried: Sequence[Tensor], constants: Sequence[Tensor], sums: Sequence[Tensor]
+        carried: Sequence[Tensor], constants: Sequence[Tensor], written: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], TracedField]:
-        after, lam = carried
-        n = after - 1
-        parts = [constants[a:b] for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
-        (times,), (ys,), points, hits, moments, nodes = parts
-        y = at(ys, n)
-        field = TracedField(self.method.traced, y, constants[self.bounds[-1] :])
-        step = self._step(field, at(times, n), at(times, after), y, [at(x, n) for x in points])
-        lam = sum((at(g, n) for g in hits), start=lam)
-        dense = DenseMoments(at(moments[0], n)) if moments else None
-        mu = at(nodes[0], n) if nodes else None
-        stepper = self.method.stepper
-        whole: Any = field  # it pulls back, and Reversal asks for no more
-        lam = stepper.transpose_alone(Reversal(whole), 0, step, lam, dense, mu)
-        for total, part in zip(sums, field.parts, strict=True):
+        kept, *others, tables = (constants[a:b] for a, b in itertools.pairwise(bounds))
+        field = TracedField(method.traced, carried[1], constants[bounds[-1] :], method.linear)
+        held = Records.of(kept), Cotangents(*map(list, others))
+        lams = body.pull(field, carried, *held, tables, written[: len(work)])
+        for total, part in zip(written[len(work) :], field.parts, strict=True):
             if part is not None:
                 total.add_(part)
-        return [n.clone(), lam], field
+        return [carried[0] - 1, *lams], field
 
-    def _step(
-        self, field: TracedField, t: Tensor, t1: Tensor, y: Tensor, points: Sequence[Tensor]
-    ) -> RKStep:
-        """The step, with its stages where they were kept or computed again."""
-        start = RKState(t, y, Stage(t, y))
-        if not points:
-            return self.method.step(field, start, t1)
-        method = self.method.stepper
-        step = RKStep(start, t1, t1 - t, [start.node], (), method.node)
-        for i, x in enumerate(points, start=1):
-            step.stages.append(Stage(method._time(step, i), x))
-        step.stages.append(Stage(t1, y))  # the node, which is not pulled back here
-        return step
+    rounds = Input(torch.empty((), dtype=torch.int64, device=y0.device))
+    compiled = compiled_loop(
+        lambda carried, constants: carried[0] > 0,
+        transpose,
+        [rounds, *[Input(y0, state)] * body.states],
+        [
+            *method.inputs(records),
+            *(Input(x, after) for x in cotangents.hits),
+            *(Input(x, further) for x in cotangents.moments),
+            *(Input(x, after) for x in cotangents.nodes),
+            *map(Input, body.tables),
+            *(x for x, _ in pairs),
+        ],
+        [*work, *(x for x, want in pairs if want)],
+    )
+    return Reverse(compiled, body)

@@ -70,7 +70,7 @@ class CompiledRK(ExplicitRK):
         step = CompiledStep(state, t1, t1 - state.t, [state.node], (), self.node)
         values = iter(out)
         for i in range(1, self.node + 1):
-            stage = Stage(self._time(step, i), next(values))
+            stage = Stage(self.time(step, i), next(values))
             step.stages.append(stage)
             if _valued(self, i):
                 stage.k = next(values)
@@ -135,7 +135,7 @@ class CompiledRK(ExplicitRK):
         return moments
 
     def _program(self, y: Tensor) -> Program:
-        return Program.of(self.bound.graph, self.bound.all, self.plain, y, False, False)
+        return Program.of(self.bound.graph, self.bound.all, self.plain, y, "states", False)
 
 
 def _valued(method: ExplicitRK, i: int) -> bool:
@@ -163,7 +163,7 @@ def _step(method: Method, y0: Tensor, tensors: Sequence[Tensor]) -> Compiled:
     def run(t: Tensor, t1: Tensor, y: Tensor, k: Tensor, *own: Tensor) -> Sequence[Tensor]:
         field = TracedField(method.traced, y, own)
         counts.append(field)
-        step = method.step(field, RKState(t, y, Stage(t, y, k)), t1)
+        step = stepper.step(field, RKState(t, y, Stage(t, y, k)), t1)
         estimate = [] if stepper.error_order is None else [stepper.error(field, step)]
         out = []
         for i, stage in enumerate(step.stages[1:], start=1):
@@ -196,7 +196,7 @@ def _transpose(
         counts.append(field)
         step = RKStep(RKState(t, y, Stage(t, y)), t1, t1 - t, [Stage(t, y)], (), stepper.node)
         for i, x in enumerate(xs, start=1):
-            step.stages.append(Stage(stepper._time(step, i), x))
+            step.stages.append(Stage(stepper.time(step, i), x))
         cotangent = Cotangent(lam, mu[0] if mu else None)
         reversal: Any = Reversal(field)  # type: ignore[arg-type]
         held = DenseMoments(dense[0]) if dense else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from symplectic_adjoint._errors import CompilationError
 from symplectic_adjoint._tree import real_dtype
 from symplectic_adjoint.execution.lift import Graph
+from symplectic_adjoint.execution.partition import partition
 from symplectic_adjoint.execution.passes import SmallProducts
 from symplectic_adjoint.field import Field, Pullback, Stage
 
@@ -48,13 +50,11 @@ class Compiled:
 
     Attributes:
         call: The function.
-        seconds: How long compiling it took.
         evaluations: How often a round of its loop evaluates ``func``.
         products: How many products with transposed Jacobians a round takes.
     """
 
     call: Callable[..., Sequence[Tensor]]
-    seconds: float
     evaluations: int = 0
     products: int = 0
 
@@ -77,9 +77,8 @@ def compiled(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Input])
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         raise CompilationError(f"{type(error).__name__}: {lines[0]}") from error
-    seconds = time.perf_counter() - start
-    _spent.seconds += seconds
-    return Compiled(call, seconds)
+    _spent.seconds += time.perf_counter() - start
+    return Compiled(call)
 
 
 class _Spent(threading.local):
@@ -103,6 +102,9 @@ def _compiled(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Input]
             module = make_fx(function, tracing_mode="symbolic")(*fakes)
         settings: dict[str, Any] = {
             "cpp_wrapper": True,
+            # The code between the kernels gains nothing by the optimizations they need, and takes
+            # most of the compiler's time with them.
+            "cpp_wrapper_build_separate": True,
             "post_grad_custom_post_pass": SmallProducts(),
         }
         with inductor.patch(settings), tracing(TracingContext(mode)):
@@ -148,6 +150,44 @@ def _refuse_random(module: fx.GraphModule) -> None:
             raise CompilationError(f"func draws random numbers ({node.target})")
 
 
+@dataclass(frozen=True)
+class Residual:
+    """A tensor that a product with a transposed Jacobian reads, and its value has computed.
+
+    Attributes:
+        dtype: Its dtype.
+        sizes: Its sizes, those that may change by their names.
+    """
+
+    dtype: torch.dtype
+    sizes: tuple[int | str, ...]
+
+    def record(self, rows: int, sizes: Mapping[str, int], device: torch.device) -> Tensor:
+        """Room for one of each step."""
+        shape = [size if isinstance(size, int) else sizes[size] for size in self.sizes]
+        return torch.empty((rows, *shape), dtype=self.dtype, device=device)
+
+    @property
+    def dims(self) -> dict[int, str]:
+        """The dimensions of a record whose size may change."""
+        return {d: size for d, size in enumerate(self.sizes, start=1) if isinstance(size, str)}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``func`` and the products with its transposed Jacobian, where it was evaluated before.
+
+    Attributes:
+        linearize: ``(t, y, *tensors) -> (k, *residuals)``.
+        apply: ``(t, y, cotangent, *tensors, *residuals) -> (v, time, *parts)``, as in ``Traced``.
+        residuals: What they are.
+    """
+
+    linearize: Callable[..., Sequence[Tensor]]
+    apply: Callable[..., Sequence[Tensor | None]]
+    residuals: Sequence[Residual]
+
+
 @dataclass
 class Traced:
     """``func`` and its products with transposed Jacobians, as graphs of elementary operations.
@@ -162,8 +202,41 @@ class Traced:
 
     graph: Graph
     value: Callable[..., Tensor]
-    pull: Callable[..., Sequence[Tensor | None]]
+    pull: fx.GraphModule
     wanted: Sequence[bool]
+
+    @functools.cached_property
+    def linear(self) -> Linear | None:
+        """``value`` and ``pull`` with nothing computed twice; None where they cannot be so cut."""
+        halves = partition(self.pull, cotangent=2)
+        names = self._names()
+        residuals = [] if halves is None else [_residual(x, names) for x in halves.residuals]
+        known = [x for x in residuals if x is not None]
+        if halves is None or len(known) < len(residuals):
+            return None
+        return Linear(halves.linearize, halves.apply, known)
+
+    @functools.cached_property
+    def held(self) -> int:
+        """How many bytes of an evaluation its product reads, at the sizes it was traced with."""
+        halves = partition(self.pull, cotangent=2)
+        return 0 if halves is None else sum(map(_nbytes, halves.residuals))
+
+    def _names(self) -> dict[str, str]:
+        """The names of the symbols that stand for sizes while operations are recorded."""
+        _, y, _, *others = self.pull.graph.find_nodes(op="placeholder")
+        all_dims = [self.graph.state_dims, *self.graph.dims]
+        return {
+            str(node.meta["val"].shape[d]): name
+            for node, dims in zip((y, *others), all_dims, strict=True)
+            for d, name in dims.items()
+        }
+
+    def sizes(self, y0: Tensor, tensors: Sequence[Tensor]) -> dict[str, int]:
+        """The sizes that may change, by their names."""
+        all_dims = [self.graph.state_dims, *self.graph.dims]
+        pairs = zip((y0, *tensors), all_dims, strict=True)
+        return {name: x.shape[d] for x, dims in pairs for d, name in dims.items()}
 
     @staticmethod
     def of(graph: Graph, y0: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Traced:
@@ -187,6 +260,19 @@ class Traced:
     def inputs(self, tensors: Sequence[Tensor]) -> list[Input]:
         """What ``func`` depends on as inputs of a graph."""
         return [Input(x, dims) for x, dims in zip(tensors, self.graph.dims, strict=True)]
+
+
+def _residual(x: Tensor, names: Mapping[str, str]) -> Residual | None:
+    """What a residual is; None where one of its sizes is made of others."""
+    sizes = [int(n) if str(n).isdecimal() else names.get(str(n)) for n in x.shape]
+    known = tuple(n for n in sizes if n is not None)
+    return Residual(x.dtype, known) if len(known) == len(sizes) else None
+
+
+def _nbytes(x: Tensor) -> int:
+    sizes: Sequence[Any] = x.shape
+    hints = (n if isinstance(n, int) else n.node.hint for n in sizes)
+    return x.element_size() * math.prod(hints)
 
 
 def _traced(function: Callable[..., Any], inputs: Sequence[Input]) -> fx.GraphModule:
@@ -233,28 +319,44 @@ class TracedField(Field):
         parts: The sums of the products' parts that belong to the tensors that need a gradient.
     """
 
-    def __init__(self, traced: Traced, like: Tensor, tensors: Sequence[Tensor]) -> None:
+    def __init__(
+        self, traced: Traced, like: Tensor, tensors: Sequence[Tensor], linear: Linear | None = None
+    ) -> None:
         """Wrap a traced function.
 
         Args:
             traced: ``func``.
             like: A tensor of the state's shape, dtype and device.
             tensors: What ``func`` depends on.
+            linear: Where given, stages keep their residuals as ``graph``.
         """
         super().__init__(lambda t, y: traced.value(t, y, *tensors), like)
         self.traced = traced
         self.tensors = tensors
+        self.linear = linear
         self.parts: list[Tensor | None] = [None] * sum(traced.wanted)
 
     def _evaluate(self, stage: Stage) -> Tensor:
         self.evaluations += 1
-        return self.traced.value(self.time(stage.t), stage.x, *self.tensors)
+        if self.linear is None:
+            return self.traced.value(self.time(stage.t), stage.x, *self.tensors)
+        k, *residuals = self.linear.linearize(self.time(stage.t), stage.x, *self.tensors)
+        stage.graph = residuals
+        return k
 
     def pull(self, stage: Stage, cotangent: Tensor, wants_time: bool = False) -> Pullback:
-        """The vector-Jacobian product at a stage; see ``DetachedField.pull``."""
-        self.evaluations += 1
+        """The vector-Jacobian product at a stage; see ``DetachedField.pull``.
+
+        Where the stage has kept its residuals, its value is not known and NaN.
+        """
         self.products += 1
-        k, v, time, *parts = self.traced.pull(self.time(stage.t), stage.x, cotangent, *self.tensors)
+        inputs = (self.time(stage.t), stage.x, cotangent, *self.tensors)
+        if self.linear is not None and stage.graph is not None:
+            k: Tensor | None = torch.full_like(cotangent, torch.nan)
+            v, time, *parts = self.linear.apply(*inputs, *stage.graph)
+        else:
+            self.evaluations += 1
+            k, v, time, *parts = self.traced.pull(*inputs)
         assert k is not None
         for i, part in enumerate(x for x in parts if x is not None):
             own = self.parts[i]

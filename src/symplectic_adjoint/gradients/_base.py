@@ -29,8 +29,9 @@ from symplectic_adjoint.steppers._base import (
     TimeCotangents,
 )
 
-Keeps: TypeAlias = Literal["points", "states", "start"]
-"""All stages where they were evaluated, the states between the steps, or the first state alone."""
+Keeps: TypeAlias = Literal["residuals", "points", "states", "start"]
+"""What products with transposed Jacobians read, all stages where they were evaluated, the states
+between the steps, or the first state alone."""
 
 
 @dataclass

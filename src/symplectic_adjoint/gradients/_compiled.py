@@ -17,7 +17,7 @@ from symplectic_adjoint._errors import (
     Stuck,
 )
 from symplectic_adjoint.capture import changed, detached
-from symplectic_adjoint.controllers import Adaptive
+from symplectic_adjoint.controllers import Adaptive, LargestPart
 from symplectic_adjoint.execution.forward import Records
 from symplectic_adjoint.execution.lift import Lifted, lift
 from symplectic_adjoint.execution.loop import (
@@ -34,7 +34,14 @@ from symplectic_adjoint.execution.trace import seconds_spent
 from symplectic_adjoint.field import DetachedField
 from symplectic_adjoint.gradients._base import Record
 from symplectic_adjoint.gradients._function import Tape
-from symplectic_adjoint.gradients._job import Job, Recorded, execute, finished, tape_of
+from symplectic_adjoint.gradients._job import (
+    Job,
+    Recorded,
+    execute,
+    finished,
+    output_times,
+    tape_of,
+)
 from symplectic_adjoint.loop import OutputTimes, Stats
 from symplectic_adjoint.solution import Solution
 from symplectic_adjoint.steppers import ExplicitRK
@@ -213,6 +220,10 @@ def stepped(job: Job, func: Any) -> tuple[Solution, SolveError | None]:
     return solution, error
 
 
+TIERS = {"loop": looped, "step": stepped}
+"""Each runs a job of a user's function, or raises ``CompilationError``."""
+
+
 def _bound(job: Job, func: Any) -> Bound:
     return Bound(lift(job.func, func, job.problem.y0), job.capture.lists)
 
@@ -256,7 +267,9 @@ def _alone(job: Job) -> dict[str, bool]:
         "progress is reported": job.report is not None,
         "the controller is not Adaptive or FixedGrid": job.grid is None
         and type(controller) is not Adaptive,
-        "the controller has a norm of its own": getattr(controller, "norm", None) is not None,
+        "the controller has a norm of its own": not isinstance(
+            getattr(controller, "norm", None), LargestPart | None
+        ),
     }
 
 
@@ -266,16 +279,15 @@ def _record(job: Job) -> Recorded:
     before = seconds_spent()
     problem, stepper = job.problem, cast("ExplicitRK", job.stepper)
     y0 = problem.y0.detach().contiguous()
-    times = OutputTimes(problem.times, problem.direction, problem.t.detach(), job.hits)
-    keeps = job.strategy.keeps if job.wants_grad else "nothing"
+    times = output_times(job, problem.t.detach())
+    keeps: Any = job.strategy.keeps if job.wants_grad else "nothing"
     aliases = detached(bound.tensors)
     with limited(job.threads), torch.no_grad(), bound.substituted(aliases):
         field = DetachedField(bound, y0, aliases, None)
-        program = Program.of(
-            bound.graph, bound.all, stepper, y0, keeps in ("points", "start"), _dense(job)
-        )
+        whole = {"start": "points", "nothing": "states"}.get(keeps, keeps)
+        program = Program.of(bound.graph, bound.all, stepper, y0, whole, _dense(job))
         chunks = _chunks(job, program, field, y0)
-        recording = record(program, chunks, y0, times, keep=keeps in ("points", "states"))
+        recording = record(program, chunks, y0, times, keep=keeps not in ("start", "nothing"))
         _check_finite(recording)
     steps = len(recording.run.outputs)
     stats = Stats(
@@ -298,10 +310,14 @@ def _chunks(job: Job, program: Program, field: DetachedField, y0: Tensor) -> Ite
     if job.grid is not None:
         return on_grid(program, setting.grid, y0, tensors)
     state = stepper.begin(t0, y0)
+    slope, residuals = y0, list[Tensor]()
+    if program.method.carries(True):
+        slope, residuals = program.slope(t0, y0, tensors)
+        state.node.k = slope
+        field.evaluations += 1
     with torch.enable_grad():  # func may differentiate inside itself
         pace: Any = job.controller.begin(field, stepper, state, setting)
-        slope = stepper.slope(field, state) if program.method.carries(True) else y0
-    return adaptive(program, pace, setting, (t0, y0, slope), tensors)
+    return adaptive(program, pace, setting, (t0, y0, slope, residuals), tensors)
 
 
 def _dense(job: Job) -> bool:

@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 from symplectic_adjoint._errors import (
     CompilationError,
@@ -22,9 +22,6 @@ from symplectic_adjoint.gradients._job import Job
 from symplectic_adjoint.gradients._job import execute as eager
 from symplectic_adjoint.solution import Solution
 
-Tier: TypeAlias = Callable[[Job, Any], tuple[Solution, SolveError | None]]
-"""Runs a job of a user's function, or raises ``CompilationError``."""
-
 
 @functools.cache
 def _compiler() -> Any:
@@ -36,26 +33,16 @@ def _compiler() -> Any:
     return _compiled
 
 
-def _loop(job: Job, func: Any) -> tuple[Solution, SolveError | None]:
-    result: tuple[Solution, SolveError | None] = _compiler().looped(job, func)
-    return result
-
-
-def _step(job: Job, func: Any) -> tuple[Solution, SolveError | None]:
-    result: tuple[Solution, SolveError | None] = _compiler().stepped(job, func)
-    return result
-
-
-TIERS: dict[str, tuple[Tier, ...]] = {
+TIERS: dict[str, tuple[str, ...]] = {
     "eager": (),
-    "step": (_step,),
-    "loop": (_loop,),
-    "auto": (_loop, _step),
+    "step": ("step",),
+    "loop": ("loop",),
+    "auto": ("loop", "step"),
 }
 """How a solve is run, by the value of ``execution``: what is tried, the fastest first."""
 
-_refused: set[tuple[Any, Tier]] = set()
-_warned: set[tuple[Any, Tier, str]] = set()
+_refused: set[tuple[Any, str]] = set()
+_warned: set[tuple[Any, str, str]] = set()
 
 
 def check_execution(execution: str) -> None:
@@ -88,7 +75,8 @@ def execute(
             continue
         before = RandomState(job.problem.y0.device)
         try:
-            return tier(job, func)
+            result: tuple[Solution, SolveError | None] = _compiler().TIERS[tier](job, func)
+            return result
         except Stuck:
             break
         except CompilationError as error:
@@ -103,8 +91,7 @@ def execute(
             if (*key, str(error)) not in _warned:
                 _warned.add((*key, str(error)))
                 warnings.warn(
-                    f"execution='auto' cannot take {tier.__name__[1:]!r} here and runs slower: "
-                    f"{error}",
+                    f"execution='auto' cannot take {tier!r} here and runs slower: {error}",
                     ExecutionWarning,
                     stacklevel=4,
                 )

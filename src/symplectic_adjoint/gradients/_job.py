@@ -203,7 +203,7 @@ def _plain_autograd(job: Job) -> bool:
 
 def _backprop(job: Job) -> tuple[Solution, SolveError | None]:
     field = GraphField(job.func, job.problem.y0)
-    times = _output_times(job, job.problem.t if job.wants_time else job.problem.t.detach())
+    times = output_times(job, job.problem.t if job.wants_time else job.problem.t.detach())
     steps: list[Any] = []
     records: list[Record] = []
     drawn = RandomState(field.device)
@@ -337,7 +337,7 @@ def record(job: Job) -> Recorded:
         field.random = job.random
         if ledger is not None:
             ledger.use(field)
-        times = _output_times(job, job.problem.t.detach())
+        times = output_times(job, job.problem.t.detach())
         result, stats = _run(job, field, {}, times, keep, graph=False)
     # A grid that had to be checked step by step may have got further before.
     del records[len(result.outputs) :], dense_records[len(result.outputs) :]
@@ -430,7 +430,7 @@ def _inputs(job: Job, field: Field) -> list[tuple[str, Tensor]]:
     return [*state, *zip(job.capture.names, captured, strict=True)]
 
 
-def _output_times(job: Job, t: Tensor) -> OutputTimes:
+def output_times(job: Job, t: Tensor) -> OutputTimes:
     return OutputTimes(job.problem.times, job.problem.direction, t, job.hits)
 
 

@@ -14,7 +14,7 @@ class Backprop(Strategy):
     """Autograd through every operation of the solver: the reference, and the most memory."""
 
     name = "backprop"
-    keeps = "points"
+    keeps = "residuals"
 
     def counts(self, stepper: Stepper, shape: SolveShape) -> Counts:
         """No evaluation: the graph holds all of them."""

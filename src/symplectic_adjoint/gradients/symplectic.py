@@ -101,7 +101,8 @@ class Symplectic(Strategy):
     def keeps(self) -> Keeps | None:  # type: ignore[override]
         if self.accumulate == "compensated" or self._limited:
             return None
-        return "states" if self.store == "steps" else "points"
+        kept: dict[str, Keeps] = {"steps": "states", "stages": "points", "graph": "residuals"}
+        return kept[self.store]
 
     def zeros(self, like: Tensor) -> Tensor:
         dtype = torch.float64 if self.accumulate == "float64" else like.dtype

@@ -112,10 +112,10 @@ class RungeKutta:
     def _work(self) -> Work:
         """Sorts the stages after the first by what needs their values."""
         node = self.node
-        inner = self._weighed(range(1, node + 1)) - {0}
+        inner = self.weighed(range(1, node + 1)) - {0}
         error = {i for _, i in self.error_terms} - inner - {0}
-        points = self._weighed(range(1, node))
-        extra_points = self._weighed(range(node + 1, len(self.rows)))
+        points = self.weighed(range(1, node))
+        extra_points = self.weighed(range(node + 1, len(self.rows)))
         dense = (extra_points | set(self.dense_stages)) - inner - {0}
         return Work(
             inner=len(inner),
@@ -128,7 +128,7 @@ class RungeKutta:
             points_node=node in extra_points,
         )
 
-    def _weighed(self, rows: Iterable[int]) -> set[int]:
+    def weighed(self, rows: Iterable[int]) -> set[int]:
         """The stages that rows of weights weigh."""
         return {i for row in rows for _, i in self.rows[row]}
 
@@ -207,9 +207,9 @@ class RungeKutta:
         for i in range(len(stages), count):
             x = _combine(field, y, h, stages, self.rows[i])
             token = step.tokens[i] if step.tokens else None
-            stages.append(Stage(self._time(step, i), x, None, token))
+            stages.append(Stage(self.time(step, i), x, None, token))
 
-    def _time(self, step: RKStep, i: int) -> Time:
+    def time(self, step: RKStep, i: int) -> Time:
         return step.t1 if self.c[i] == 1.0 else step.start.t + self.c[i] * step.h
 
     # Keeping ---------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ class RungeKutta:
                     step.stages.append(end.node)
                 i = len(step.stages)
                 token = tokens[i] if tokens else None
-                step.stages.append(Stage(self._time(step, i), x, None, token))
+                step.stages.append(Stage(self.time(step, i), x, None, token))
         else:
             self._extend(field, step, self.node)
         if len(step.stages) == self.node:

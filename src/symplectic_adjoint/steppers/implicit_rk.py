@@ -116,7 +116,7 @@ class ImplicitRK(RungeKutta):
 
     def _work(self) -> Work:
         """Stages count once, however often the solution of their equations evaluates them."""
-        used = 0 in self._weighed(range(1, self.node + 1))
+        used = 0 in self.weighed(range(1, self.node + 1))
         dense = 0 in self.dense_stages and not used
         work = super()._work()
         return replace(work, node=int(used), start=int(used), extra=work.extra + dense)
@@ -214,7 +214,7 @@ class _Equations:
         a = method.coupling(block, 1.0)
         self.weights = torch.tensor(a, dtype=step.start.y.dtype, device=step.start.y.device)
         tokens = step.tokens or [None] * len(method.rows)
-        self.stages = [Stage(method._time(step, i), step.start.y, None, tokens[i]) for i in block]
+        self.stages = [Stage(method.time(step, i), step.start.y, None, tokens[i]) for i in block]
         self.base = [self._base(i) for i in block]
 
     def solve(self) -> None:
