@@ -89,10 +89,6 @@ class CompilationError(SymplecticAdjointError, RuntimeError):
         self.lasting = lasting
 
 
-class Stuck(Exception):  # noqa: N818 - a signal, not an error
-    """A compiled solve cannot reach its end; the eager loop finds and says why."""
-
-
 class ExecutionWarning(UserWarning):
     """``execution="auto"`` runs a solve in a slower tier, because a faster one cannot."""
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from symplectic_adjoint._errors import Stuck
 from symplectic_adjoint._tree import real_dtype
 from symplectic_adjoint.controllers import AdaptivePace, Setting
+from symplectic_adjoint.execution import Stuck
 from symplectic_adjoint.execution.forward import (
     Constants,
     Method,
@@ -26,7 +26,7 @@ from symplectic_adjoint.execution.reverse import Cotangents, reverse_loop
 from symplectic_adjoint.execution.trace import Traced
 from symplectic_adjoint.loop import Outputs, OutputTimes, Run
 from symplectic_adjoint.steppers import ExplicitRK
-from symplectic_adjoint.steppers._base import powers
+from symplectic_adjoint.steppers._base import centred_powers
 
 T = TypeVar("T")
 
@@ -306,8 +306,7 @@ def _inside(
     steps = torch.tensor(rows, device=like.device)
     places = times[where].to(t)
     theta = (places - t[steps]) / (t[steps + 1] - t[steps])
-    shifted = 2 * theta - 1
-    weights = torch.cat([torch.ones_like(theta).unsqueeze(1), powers(shifted, degree)], 1).to(like)
+    weights = centred_powers(theta, degree).to(like)
     length = max(1, BLOCK // (max(like[0].numel(), 1) * (degree + 1)))
     for a in range(0, len(rows), length):
         b = min(a + length, len(rows))

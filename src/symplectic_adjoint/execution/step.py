@@ -27,7 +27,7 @@ from symplectic_adjoint.steppers._base import (
     DenseMoments,
     Reversal,
     Saved,
-    powers,
+    centred_powers,
 )
 from symplectic_adjoint.steppers.explicit_rk import RKState, RKStep
 
@@ -127,10 +127,7 @@ class CompiledRK(ExplicitRK):
     def _moments(self, dense: DenseCotangent | DenseMoments) -> Tensor:
         if isinstance(dense, DenseMoments):
             return dense.moments
-        shifted = 2 * dense.theta - 1
-        weights = torch.cat(
-            [shifted.new_ones(1, len(shifted)), powers(shifted, self.dense.degree).T]
-        )
+        weights = centred_powers(dense.theta, self.dense.degree).T
         moments: Tensor = torch.tensordot(weights.to(dense.g), dense.g, dims=1)
         return moments
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from symplectic_adjoint._errors import (
     CompilationError,
     SolveError,
-    Stuck,
 )
 from symplectic_adjoint.capture import changed, detached
 from symplectic_adjoint.controllers import Adaptive, LargestPart
+from symplectic_adjoint.execution import Stuck
 from symplectic_adjoint.execution.forward import Records
 from symplectic_adjoint.execution.lift import Lifted, lift
 from symplectic_adjoint.execution.loop import (

@@ -12,11 +12,11 @@ from symplectic_adjoint._errors import (
     CompilationError,
     ExecutionWarning,
     SolveError,
-    Stuck,
     UnknownNameError,
 )
 from symplectic_adjoint._types import code_of
 from symplectic_adjoint.capture import Capture
+from symplectic_adjoint.execution import Stuck
 from symplectic_adjoint.field import RandomState
 from symplectic_adjoint.gradients._job import Job
 from symplectic_adjoint.gradients._job import execute as eager

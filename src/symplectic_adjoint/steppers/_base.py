@@ -314,6 +314,12 @@ def powers(theta: Tensor, degree: int) -> Tensor:
     return theta.unsqueeze(-1) ** torch.arange(1, degree + 1, dtype=theta.dtype)
 
 
+def centred_powers(theta: Tensor, degree: int) -> Tensor:
+    """Powers 0 ... degree of ``2 theta - 1`` as rows: (m,) -> (m, degree + 1)."""
+    exponents = torch.arange(degree + 1, dtype=theta.dtype, device=theta.device)
+    return (2 * theta - 1).unsqueeze(-1) ** exponents
+
+
 def power_slopes(theta: Tensor, degree: int) -> Tensor:
     """Derivatives of ``powers``."""
     p = torch.arange(1, degree + 1, dtype=theta.dtype)
