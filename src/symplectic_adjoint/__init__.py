@@ -28,6 +28,7 @@ from symplectic_adjoint._errors import (
     SecondDerivativeError,
     SolveError,
     Status,
+    SteadyStateError,
     StepLimitError,
     StepUnderflowError,
     StoreError,
@@ -62,6 +63,7 @@ from symplectic_adjoint.models import Autonomous, NeuralODE
 from symplectic_adjoint.rootfind import Newton
 from symplectic_adjoint.solution import Solution
 from symplectic_adjoint.splitting import Splitting
+from symplectic_adjoint.steady import steady_state
 from symplectic_adjoint.steppers import (
     ALF,
     ExplicitAdams,
@@ -121,6 +123,7 @@ __all__ = [
     "Splitting",
     "Stats",
     "Status",
+    "SteadyStateError",
     "StepLimitError",
     "StepUnderflowError",
     "StoreError",
@@ -138,4 +141,5 @@ __all__ = [
     "peak_memory",
     "single_thread_below",
     "solve",
+    "steady_state",
 ]

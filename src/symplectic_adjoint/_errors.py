@@ -73,6 +73,10 @@ class EventGradientError(SymplecticAdjointError, RuntimeError):
     """An event function has slope zero where it changes its sign: the time has no derivative."""
 
 
+class SteadyStateError(SymplecticAdjointError, RuntimeError):
+    """No steady state was reached, or one that is not isolated and so has no derivative."""
+
+
 class SecondDerivativeError(SymplecticAdjointError, RuntimeError):
     """A second derivative was asked of a strategy that cannot give the right one."""
 

@@ -165,15 +165,22 @@ class StageSystem:
         weights: ``h A``, an (m, m) matrix of floats.
         jacobians: ``J_i`` of each stage; one and the same is decomposed as such.
         options: How to solve.
+        identity: What ``I`` is multiplied with. Zero leaves the second part alone: that of a step
+            without end, which leads to a steady state.
     """
 
     def __init__(
-        self, weights: Sequence[Sequence[float]], jacobians: Sequence[Jacobian], options: Newton
+        self,
+        weights: Sequence[Sequence[float]],
+        jacobians: Sequence[Jacobian],
+        options: Newton,
+        identity: float = 1.0,
     ) -> None:
         k = jacobians[0].k
         self.weights = torch.tensor(weights, dtype=real_dtype(k), device=k.device)
         self.jacobians = jacobians
         self.options = options
+        self.identity = identity
         self.is_dense = real_size(k) <= options.dense_below
 
     def solve(self, r: Tensor, tolerance: float | None = None) -> Tensor:
@@ -208,20 +215,20 @@ class StageSystem:
         j = torch.stack([jacobian.dense for jacobian in self.jacobians])
         n = j.shape[-1]
         matrix = -torch.einsum("ij,iab->iajb", self.weights.to(j), j).reshape(m * n, m * n)
-        matrix.diagonal().add_(1)
+        matrix.diagonal().add_(self.identity)
         factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
         return factors, pivots
 
     def _product(self, d: Tensor) -> Tensor:
         mixed = torch.tensordot(self.weights.to(d.dtype), d, dims=1)
         parts = [j.apply(x) for j, x in zip(self.jacobians, mixed, strict=True)]
-        difference: Tensor = d - torch.stack(parts)
+        difference: Tensor = self.identity * d - torch.stack(parts)
         return difference
 
     def _product_transposed(self, w: Tensor) -> Tensor:
         parts = [j.transposed(x) for j, x in zip(self.jacobians, w, strict=True)]
         mixed = torch.tensordot(self.weights.T.to(w.dtype), torch.stack(parts), dims=1)
-        difference: Tensor = w - mixed
+        difference: Tensor = self.identity * w - mixed
         return difference
 
 
@@ -275,6 +282,45 @@ def newton(
             return u
         last = size
     raise NoConvergence(options.max_iters, last)
+
+
+class Measure:
+    """The size of a correction of ``K``, in units of what may be left of it.
+
+    Args:
+        options: ``tolerance`` says whether that is rounding, or a part of the tolerances.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+        base: The state where ``K`` is zero.
+        h: What the state moves by where ``K`` is one.
+    """
+
+    def __init__(
+        self,
+        options: Newton,
+        rtol: float | Tensor,
+        atol: float | Tensor,
+        base: Tensor,
+        h: float = 1.0,
+    ) -> None:
+        self.h = abs(h)
+        self.eps = torch.finfo(real_dtype(base)).eps
+        self.size = torch.linalg.vector_norm(base)
+        self.allowed: Tensor | None = None
+        if options.tolerance is not None:
+            self.allowed = atol + rtol * base.abs()
+            self.unit = torch.full_like(base, options.tolerance).norm()
+
+    def __call__(self, correction: Tensor, k: Tensor) -> Tensor:
+        """At most 1 where the correction is as small as the error may be; 0-dim."""
+        moved = self.h * correction
+        if self.allowed is None:
+            reach = self.size + self.h * torch.linalg.vector_norm(k)
+            unit = self.eps * reach.clamp_min(torch.finfo(reach.dtype).tiny)
+        else:
+            moved, unit = moved / self.allowed, self.unit
+        size: Tensor = torch.linalg.vector_norm(moved) / unit
+        return size
 
 
 _INNER = 1e-6

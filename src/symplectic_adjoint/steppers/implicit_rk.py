@@ -27,31 +27,29 @@ the symplectic partner of the method (Matsubara, Miyatake, Yaguchi 2024, doi
 10.1109/TNNLS.2023.3242345; Sanz-Serna 2016, doi 10.1137/151002769, theorem 3.4), whose matrix
 ``b_j a_ji / b_i`` is full where that of the method is.
 
-**Under autograd** the iteration leaves no graph. By the implicit function theorem ``dK = -M^{-1}
-dF`` with ``M = dF/dK`` at the root: ``K`` is the value found minus ``M^{-1} F``, with ``M`` a
-constant and ``F`` on the graph. One such correction gives first derivatives, two give second ones
-and so on (each agrees with the root to one order more); a derivative beyond that raises.
+**Under autograd** the iteration leaves no graph: derivatives are those of the root (``implicit``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from symplectic_adjoint._errors import ArgumentError, NonlinearSolveError, SecondDerivativeError
-from symplectic_adjoint._tree import real_dtype
+from symplectic_adjoint._errors import ArgumentError, NonlinearSolveError
 from symplectic_adjoint._types import as_float
 from symplectic_adjoint.dense import Interpolant
 from symplectic_adjoint.dense import linear as straight
 from symplectic_adjoint.field import Field, GraphField, RandomState, Stage, TangentField
+from symplectic_adjoint.implicit import correction, transposed
 from symplectic_adjoint.rootfind import (
     Jacobian,
+    Measure,
     Newton,
     NoConvergence,
     StageSystem,
@@ -195,7 +193,7 @@ class ImplicitRK(RungeKutta):
         jacobians = [_jacobian(field, s.graph.x, s.graph.k) for s in stages if s.graph is not None]
         system = StageSystem(self.coupling(block, sweep.h), jacobians, self.newton)
         rhs = torch.stack([torch.zeros_like(known[0]) if x is None else x for x in right])
-        return _transposed(system, rhs).unbind()
+        return transposed(system, rhs).unbind()
 
     def coupling(self, block: range, h: float) -> list[list[float]]:
         """``h A`` within a block."""
@@ -255,7 +253,8 @@ class _Equations:
             jacobians = self._evaluated(iteration == 0) if wants else self._evaluated(None)
             return k - self._values(), self._system(jacobians) if jacobians else None
 
-        measure = _Measure(self.method, start, self.h)
+        method = self.method
+        measure = Measure(method.newton, method.rtol, method.atol, start, self.h)
         try:
             return newton(self.method.newton, torch.zeros_like(start), evaluate, measure)
         except NoConvergence as error:
@@ -301,7 +300,7 @@ class _Equations:
             if system is None:
                 system = self._system(self._jacobians(points, values))
             residual = k - torch.stack(values)
-            k = k - _correction(residual, system, self.field.corrections)
+            k = k - correction(residual, system, self.field.corrections)
         return k
 
     def _jacobians(self, points: Sequence[Tensor], values: Sequence[Tensor]) -> list[Jacobian]:
@@ -325,110 +324,6 @@ class _Equations:
             f"max_iters = {self.method.newton.max_iters}, or give func a continuous derivative; "
             "throw=False returns the valid prefix."
         )
-
-
-class _Measure:
-    """The size of a correction, in units of what may be left of it."""
-
-    def __init__(self, method: ImplicitRK, base: Tensor, h: float) -> None:
-        self.h = abs(h)
-        self.eps = torch.finfo(real_dtype(base)).eps
-        self.size = torch.linalg.vector_norm(base)
-        self.allowed: Tensor | None = None
-        if (tolerance := method.newton.tolerance) is not None:
-            self.allowed = method.atol + method.rtol * base.abs()
-            self.unit = torch.full_like(base, tolerance).norm()
-
-    def __call__(self, correction: Tensor, k: Tensor) -> Tensor:
-        moved = self.h * correction
-        if self.allowed is None:
-            reach = self.size + self.h * torch.linalg.vector_norm(k)
-            unit = self.eps * reach.clamp_min(torch.finfo(reach.dtype).tiny)
-        else:
-            moved, unit = moved / self.allowed, self.unit
-        size: Tensor = torch.linalg.vector_norm(moved) / unit
-        return size
-
-
-class _Correction(torch.autograd.Function):
-    """``M^{-1} r`` for a residual that is zero up to rounding: its derivatives alone count."""
-
-    @staticmethod
-    def forward(residual: Tensor, system: StageSystem, order: int) -> Tensor:
-        return torch.zeros_like(residual)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        residual, ctx.system, ctx.order = inputs
-        ctx.save_for_backward(residual)
-        ctx.save_for_forward(residual)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.is_grad_enabled():
-            return _transposed(ctx.system, g), None, None
-        (residual,) = ctx.saved_tensors
-        return _solved(g, residual, ctx.system, True, ctx.order - 1), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        (residual,) = ctx.saved_tensors
-        return _solved(tangent, residual, ctx.system, False, ctx.order - 1)
-
-
-class _Solved(torch.autograd.Function):
-    """``M^{-1} r`` or ``M^{-T} r`` with a constant ``M``, right to ``order`` further derivatives.
-
-    The result is on the graph of ``anchor``, so that a derivative too many is noticed even where
-    ``r`` is a constant.
-    """
-
-    @staticmethod
-    def forward(
-        r: Tensor, anchor: Tensor, system: StageSystem, transposed: bool, order: int
-    ) -> Tensor:
-        return _transposed(system, r) if transposed else system.solve(r)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        r, anchor, ctx.system, ctx.transposed, ctx.order = inputs
-        ctx.save_for_backward(r, anchor)
-        ctx.save_for_forward(r, anchor)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return _Solved.further(ctx, g, not ctx.transposed), None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor:
-        zero = torch.zeros_like(ctx.saved_tensors[0])
-        return _Solved.further(ctx, zero if tangent is None else tangent, ctx.transposed)
-
-    @staticmethod
-    def further(ctx: Any, r: Tensor, transposed: bool) -> Tensor:
-        """The derivative of one order more."""
-        if ctx.order == 0:
-            raise SecondDerivativeError(
-                "a derivative of too high an order was asked of the stages of an implicit method: "
-                "backprop gives first ones, all other strategies second and third ones; higher "
-                "ones are there with explicit methods"
-            )
-        return _solved(r, ctx.saved_tensors[1], ctx.system, transposed, ctx.order - 1)
-
-
-_correction: Callable[..., Tensor] = _Correction.apply
-_solved: Callable[..., Tensor] = _Solved.apply
-
-
-def _transposed(system: StageSystem, rhs: Tensor) -> Tensor:
-    try:
-        return system.solve_transposed(rhs.detach())
-    except NoConvergence as error:
-        raise NonlinearSolveError(
-            "the transposed linear system of an implicit step was not solved: GMRES stalled at "
-            f"{error.size:.3g} times its rounding. Raise Newton(krylov=...), or let the Jacobian "
-            "be dense with Newton(dense_below=...)."
-        ) from None
 
 
 def _jacobian(field: Field, x: Tensor, k: Tensor) -> Jacobian:
