@@ -36,11 +36,44 @@ def test_training_example_learns() -> None:
 
 
 def test_integrate_and_fire_example_recovers_the_neuron() -> None:
-    neuron, misses = load(EXAMPLES / "integrate_and_fire.py").fit()
+    neuron, _, misses = load(EXAMPLES / "integrate_and_fire.py").fit()
     assert misses[0] > 0.1
     assert misses[-1] < 1e-10
     assert abs(neuron.current.item() - 0.6) < 1e-10
     assert abs(neuron.tau.item() - 2.0) < 1e-10
+
+
+def test_integrate_and_fire_example_has_exact_derivatives_through_the_spikes() -> None:
+    checked = load(EXAMPLES / "integrate_and_fire.py").check(count=4, sizes=(1e-3, 1e-5))
+    assert checked.exact < 1e-10
+    assert checked.differences[1e-3] == pytest.approx(1e4 * checked.differences[1e-5], rel=0.2)
+    assert checked.differences[1e-5] > 10 * checked.exact
+
+
+def test_steady_state_example_compares_with_the_closed_form() -> None:
+    example = load(EXAMPLES / "steady_state.py")
+    rows = {(row.way, row.span): row for row in example.compare(spans=(3.0, 30.0))}
+    exact = rows["implicit", 0.0]
+    assert exact.error < 1e-12
+    for way in ("backprop", "symplectic"):
+        assert rows[way, 3.0].error > 1e-2
+        assert 10 * exact.error < rows[way, 30.0].error < 1e-2
+        assert rows[way, 30.0].calls > 2 * rows[way, 3.0].calls
+    assert rows["backprop", 30.0].memory > 3 * exact.memory
+    assert example.difference(0) == pytest.approx(
+        float(example.gradients(example.implicit)[1][0]), 1e-6
+    )
+
+
+def test_images_example_restores_new_digits_with_less_memory() -> None:
+    example = load(EXAMPLES / "restore_images.py")
+    flow, losses = example.train(iterations=40)
+    _, new = example.measured()
+    few = example.rows(new, 200)
+    before = example.psnr(example.blurred(few.values), few.truth)
+    assert losses[-1] < 0.5 * losses[0]
+    assert example.psnr(flow(few).detach(), few.truth) > before + 3
+    assert example.memory(flow, few, "backprop") > 3 * example.memory(flow, few, "symplectic")
 
 
 def test_digits_example_learns() -> None:
