@@ -145,12 +145,12 @@ def draw(found: Fit, checked: Check, path: Path) -> None:
 
     figure = Figure(figsize=(10.5, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
-    for neuron, color, style, label in (
-        (Neuron(*TRUE), "black", "-", "wanted"),
-        (Neuron(*GUESS), "#56B4E9", "--", "first guess"),
-        (found.neuron, "#D55E00", ":", "fitted"),
+    for neuron, color, style, width, label in (
+        (Neuron(*TRUE), "#AAAAAA", "-", 4, "wanted"),
+        (Neuron(*GUESS), "#56B4E9", "--", 1.5, "first guess"),
+        (found.neuron, "#D55E00", "-", 1.5, "fitted"),
     ):
-        left.plot(*potential(neuron, 3), color=color, ls=style, label=label)
+        left.plot(*potential(neuron, 3), color=color, ls=style, lw=width, label=label)
     left.axhline(1.0, color="#888888", lw=0.8)
     left.set(xlabel="time", ylabel="potential", title="three spikes", ylim=(-0.05, 1.35))
     left.legend(frameon=False, ncols=3, loc="upper center")

@@ -28,6 +28,7 @@ from symplectic_adjoint.memory import peak_memory
 
 NOISE, LOST = 0.05, 0.3
 TRAINED = 500
+LEARNING_RATE = 5e-2
 KERNEL = torch.outer(*[torch.tensor([0.25, 0.5, 0.25])] * 2)[None, None]
 
 
@@ -62,7 +63,7 @@ class Flow(nn.Module):
     function of each of their answers, the slope of a ``log cosh``.
     """
 
-    def __init__(self, filters: int = 48, gradient: str = "symplectic") -> None:
+    def __init__(self, filters: int = 24, gradient: str = "symplectic") -> None:
         super().__init__()
         self.gradient = gradient
         self.filters = nn.Parameter(0.1 * torch.randn(filters, 1, 5, 5))
@@ -71,6 +72,10 @@ class Flow(nn.Module):
         self.strengths = nn.Parameter(0.1 * torch.randn(filters, 1, 1))
         self.fidelity = nn.Parameter(torch.tensor(4.0))
         self.log_time = nn.Parameter(torch.tensor(0.0))
+
+    def time(self) -> float:
+        """How long the flow runs."""
+        return float(self.log_time.detach().exp())
 
     def rate(self, t: Tensor, x: Tensor, data: Measured) -> Tensor:
         """``dx/dt``."""
@@ -108,14 +113,14 @@ def psnr(x: Tensor, truth: Tensor) -> float:
 
 
 def train(
-    iterations: int = 300, batch: int = 64, gradient: str = "symplectic"
+    iterations: int = 150, batch: int = 64, gradient: str = "symplectic"
 ) -> tuple[Flow, list[float]]:
     """Trains on some digits; returns the flow, and the mean squared error of every iteration."""
     torch.manual_seed(0)
     data, _ = measured()
     flow = Flow(gradient=gradient)
-    optimizer = torch.optim.Adam(flow.parameters(), lr=2e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-2, total_steps=iterations)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=iterations)
     losses = []
     for iteration in range(iterations):
         chosen = rows(data, batch)
@@ -148,14 +153,14 @@ def draw(flow: Flow, data: Measured, path: Path) -> None:
     from matplotlib.figure import Figure
 
     parts = torch.linspace(0, 1, 4)[:-1]
-    few = Measured(*(x[:6] for x in data))
+    few = Measured(*(x[:4] for x in data))
     with torch.no_grad():
         way = flow.path(few, parts)
     lost = few.values.masked_fill(few.mask == 0, torch.nan)
-    time = float(flow.log_time.exp())
+    time = flow.time()
     columns = [("truth", few.truth), ("measured", lost)]
     columns += [(f"t = {time * float(p):.2f}", x) for p, x in zip([*parts, 1.0], way, strict=True)]
-    figure = Figure(figsize=(8, 8), layout="constrained")
+    figure = Figure(figsize=(8, 5.6), layout="constrained")
     grid = figure.subplots(len(few.truth), len(columns))
     for i, row in enumerate(grid):
         for axes, (title, images) in zip(row, columns, strict=True):
@@ -172,7 +177,7 @@ def draw(flow: Flow, data: Measured, path: Path) -> None:
 def main() -> None:
     """Train and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--iterations", type=int, default=300)
+    parser.add_argument("--iterations", type=int, default=150)
     parser.add_argument("--gradient", default="symplectic", help="a strategy, e.g. backprop")
     parser.add_argument("--figure", type=Path, help="where to draw the result")
     options = parser.parse_args()
@@ -183,7 +188,7 @@ def main() -> None:
     print(
         f"{len(new.truth)} new digits: {psnr(new.values, new.truth):.2f} dB as measured, "
         f"{before:.2f} dB at the start of the flow, {after:.2f} dB at its end, "
-        f"t = {float(flow.log_time.exp()):.2f}"
+        f"t = {flow.time():.2f}"
     )
     few = rows(new, 64)
     for gradient in ("backprop", "symplectic"):

@@ -14,7 +14,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ RATES = torch.tensor(
     [[1.0, 2.0, 2.0], [0.5, 1.0, 1.0], [0.1, 0.1, 0.1], [0.1, 0.1, 0.1]], dtype=torch.float64
 )
 STIMULUS = 0.49  # near the threshold, where the response is steep and the way to it slow
-SPANS = (1.0, 3.0, 10.0, 30.0, 100.0)
+SPANS = (3.0, 10.0, 30.0, 100.0, 300.0)
+RTOLS = (1e-3, 1e-6, 1e-9)
 
 
 calls: Counter[str] = Counter()
@@ -60,11 +61,17 @@ def implicit(stimulus: Tensor, rates: Tensor) -> Tensor:
     return y
 
 
-def unrolled(stimulus: Tensor, rates: Tensor, span: float, gradient: str) -> Tensor:
+def unrolled(stimulus: Tensor, rates: Tensor, span: float, rtol: float, gradient: str) -> Tensor:
     """The solution at a time, with the gradient of all steps up to there."""
     start = torch.zeros(*stimulus.shape, TIERS, dtype=rates.dtype)
     sol = sa.solve(
-        cascade, start, [0.0, span], args=(stimulus, rates), rtol=1e-6, atol=1e-8, gradient=gradient
+        cascade,
+        start,
+        [0.0, span],
+        args=(stimulus, rates),
+        rtol=rtol,
+        atol=1e-2 * rtol,
+        gradient=gradient,
     )
     y: Tensor = sol.y[-1]
     return y
@@ -79,34 +86,39 @@ class Row(NamedTuple):
 
     Attributes:
         way: "implicit", or the strategy of the solve.
-        span: Up to which time was solved; zero where that does not matter.
+        rtol: Relative tolerance of the solve.
+        span: Up to which time was solved.
         error: Of the gradient by stimulus and rates, relative, against the closed form.
         memory: Peak live bytes of forward and backward pass.
         calls: Evaluations of the cascade, in both passes.
     """
 
     way: str
+    rtol: float
     span: float
     error: float
     memory: int
     calls: int
 
 
-def compare(spans: Sequence[float] = SPANS) -> list[Row]:
-    """Measure the implicit function theorem, and solves up to some times under two strategies."""
-    ways: list[tuple[str, float, State]] = [("implicit", 0.0, implicit)]
-    for gradient in ("backprop", "symplectic"):
-        for span in spans:
-            solve = functools.partial(unrolled, span=span, gradient=gradient)
-            ways.append((gradient, span, solve))
+def measure(way: str, state: State, rtol: float = 0.0, span: float = 0.0) -> Row:
+    """What the gradient takes, and how far it is off."""
+    found: list[Tensor] = []
+    calls.clear()
+    memory = peak_memory(lambda: found.extend(gradients(state)))
     exact = torch.cat(gradients(closed_form))
-    rows = []
-    for way, span, state in ways:
-        found: list[Tensor] = []
-        calls.clear()
-        memory = peak_memory(lambda state=state, found=found: found.extend(gradients(state)))
-        error = float((torch.cat(found) - exact).norm() / exact.norm())
-        rows.append(Row(way, span, error, memory, calls.total()))
+    error = float((torch.cat(found) - exact).norm() / exact.norm())
+    return Row(way, rtol, span, error, memory, calls.total())
+
+
+def compare(spans: Sequence[float] = SPANS, rtols: Sequence[float] = RTOLS) -> list[Row]:
+    """The implicit function theorem first, then solves up to some times with some tolerances."""
+    rows = [measure("implicit", implicit)]
+    for gradient in ("backprop", "symplectic"):
+        for rtol in rtols:
+            for span in spans:
+                way = functools.partial(unrolled, span=span, rtol=rtol, gradient=gradient)
+                rows.append(measure(gradient, way, rtol, span))
     return rows
 
 
@@ -129,7 +141,7 @@ def difference(index: int, size: float = 1e-6) -> float:
     return float((high - low)[0, -1]) / (2 * size)
 
 
-def response(points: int = 25) -> tuple[Tensor, Tensor, Tensor]:
+def response(points: int = 41) -> tuple[Tensor, Tensor, Tensor]:
     """Stimuli (n,), the steady states (n, 3), and the response d log x3 / d log stimulus (n,).
 
     All stimuli are one state: no sample moves another, so one product gives all slopes.
@@ -141,36 +153,46 @@ def response(points: int = 25) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draws the response, and error and memory by the time up to which is solved."""
+    """Draws the response, and error, memory and cost by the time up to which is solved."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 3.4), layout="constrained")
-    left, middle, right, last = figure.subplots(1, 4)
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    (states, error), (memory, cost) = figure.subplots(2, 2)
+    draw_response(states)
+    best, colors = rows[0], ("#56B4E9", "#009E73", "#D55E00")
+    rtols = sorted({row.rtol for row in rows[1:]}, reverse=True)
+    for axes, what in ((error, "error"), (cost, "calls")):
+        for rtol, color in zip(rtols, colors, strict=False):
+            own = [row for row in rows if row.way == "symplectic" and row.rtol == rtol]
+            values = [getattr(row, what) for row in own]
+            label = f"unrolled, rtol {rtol:.0e}"
+            axes.loglog([row.span for row in own], values, color=color, marker="o", label=label)
+        axes.axhline(getattr(best, what), color="black", label="implicit")
+    for way, color in (("backprop", "#56B4E9"), ("symplectic", "#D55E00")):
+        own = [row for row in rows if row.way == way and row.rtol == rtols[-1]]
+        values = [row.memory / 1e3 for row in own]
+        label = f"unrolled, {way}"
+        memory.loglog([row.span for row in own], values, color=color, marker="o", label=label)
+    memory.axhline(best.memory / 1e3, color="black", label="implicit")
+    error.set(xlabel="time solved", title="relative error of the gradient")
+    memory.set(xlabel="time solved", title=f"peak memory [kB] at rtol {rtols[-1]:.0e}")
+    cost.set(xlabel="time solved", title="evaluations, both passes")
+    for axes in (error, memory, cost):
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+def draw_response(axes: Any) -> None:
+    """Draws the steady state over the stimulus, and the slope of the last tier."""
     stimuli, states, slopes = response()
     for i, color in enumerate(("#56B4E9", "#009E73", "#D55E00")):
-        left.plot(stimuli, states[:, i], color=color, label=f"tier {i + 1}")
-    left.set(xlabel="stimulus", ylabel="active fraction", title="the steady state")
-    twin = left.twinx()
-    twin.plot(stimuli, slopes, color="black", ls=":", label="d log x3 / d log stimulus")
-    twin.set_ylabel("response of tier 3 (dotted)")
-    left.legend(frameon=False)
-    best = next(row for row in rows if row.way == "implicit")
-    styles = {"backprop": ("#56B4E9", "o"), "symplectic": ("#D55E00", "s")}
-    for way, (color, marker) in styles.items():
-        own = [row for row in rows if row.way == way]
-        spans = [row.span for row in own]
-        label = f"unrolled, {way}"
-        middle.loglog(spans, [row.error for row in own], color=color, marker=marker, label=label)
-        right.loglog(spans, [row.memory / 1e3 for row in own], color=color, marker=marker)
-        last.loglog(spans, [row.calls for row in own], color=color, marker=marker)
-    middle.axhline(best.error, color="black", label="implicit")
-    right.axhline(best.memory / 1e3, color="black")
-    last.axhline(best.calls, color="black")
-    middle.set(xlabel="time solved", title="relative error of the gradient")
-    right.set(xlabel="time solved", title="peak memory [kB]")
-    last.set(xlabel="time solved", title="evaluations, both passes")
-    middle.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+        axes.plot(stimuli, states[:, i], color=color, label=f"tier {i + 1}")
+    axes.axvline(STIMULUS, color="#888888", lw=0.8)
+    axes.set(xlabel="stimulus", ylabel="active fraction", title="the steady state")
+    axes.legend(frameon=False, loc="upper left")
+    twin = axes.twinx()
+    twin.plot(stimuli, slopes, color="black", ls=":")
+    twin.set_ylabel("d log (tier 3) / d log stimulus, dotted")
 
 
 def main() -> None:
@@ -179,12 +201,11 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="where to draw the result")
     options = parser.parse_args()
     rows = compare()
-    print("way         time solved   error of gradient   peak memory     calls")
+    print("way            rtol  time   error of gradient   peak memory     calls")
     for row in rows:
-        span = f"{row.span:g}" if row.span else "-"
-        print(
-            f"{row.way:11} {span:>11} {row.error:19.1e} {row.memory / 1e3:10.1f} kB {row.calls:9}"
-        )
+        rtol, span = (f"{row.rtol:.0e}", f"{row.span:g}") if row.span else ("", "")
+        memory = f"{row.memory / 1e3:.1f} kB"
+        print(f"{row.way:11} {rtol:>7} {span:>5} {row.error:19.1e} {memory:>13} {row.calls:9}")
     _, slopes = gradients(implicit)
     index = int(slopes.abs().argmax())
     print(f"largest: {float(slopes[index]):.8f}, by a central difference {difference(index):.8f}")

@@ -52,17 +52,17 @@ def test_integrate_and_fire_example_has_exact_derivatives_through_the_spikes() -
 
 def test_steady_state_example_compares_with_the_closed_form() -> None:
     example = load(EXAMPLES / "steady_state.py")
-    rows = {(row.way, row.span): row for row in example.compare(spans=(3.0, 30.0))}
-    exact = rows["implicit", 0.0]
+    exact, *unrolled = example.compare(spans=(3.0, 30.0), rtols=(1e-6,))
     assert exact.error < 1e-12
-    for way in ("backprop", "symplectic"):
-        assert rows[way, 3.0].error > 1e-2
-        assert 10 * exact.error < rows[way, 30.0].error < 1e-2
-        assert rows[way, 30.0].calls > 2 * rows[way, 3.0].calls
-    assert rows["backprop", 30.0].memory > 3 * exact.memory
-    assert example.difference(0) == pytest.approx(
-        float(example.gradients(example.implicit)[1][0]), 1e-6
-    )
+    for short, long in (unrolled[:2], unrolled[2:]):
+        assert short.way == long.way
+        assert short.error > 0.1
+        assert 1e-4 < long.error < 0.1
+        assert long.calls > 2 * short.calls
+    by_backprop, by_symplectic = unrolled[1], unrolled[3]
+    assert by_backprop.memory > 2 * by_symplectic.memory
+    slope = float(example.gradients(example.implicit)[1][0])
+    assert example.difference(0) == pytest.approx(slope, rel=1e-6)
 
 
 def test_images_example_restores_new_digits_with_less_memory() -> None:
