@@ -113,7 +113,7 @@ def psnr(x: Tensor, truth: Tensor) -> float:
 
 
 def train(
-    iterations: int = 150, batch: int = 64, gradient: str = "symplectic"
+    iterations: int = 150, batch: int = 32, gradient: str = "symplectic"
 ) -> tuple[Flow, list[float]]:
     """Trains on some digits; returns the flow, and the mean squared error of every iteration."""
     torch.manual_seed(0)

@@ -84,13 +84,12 @@ def test_the_gradient_agrees_with_that_of_a_long_solve() -> None:
     y = sa.steady_state(switch, zeros(1), args=(p,))
     (wanted,) = torch.autograd.grad(y.sum(), p)
     errors = []
-    for span in (30.0, 300.0, 3000.0):
+    for span in (10.0, 300.0):
         sol = sa.solve(switch, zeros(1), [0.0, span], args=(p,), method="radauIIA5")
         (got,) = torch.autograd.grad(sol.y[-1].sum(), p)
         errors.append(float((got - wanted).norm() / wanted.norm()))
-    assert errors[0] > 1e-2
-    assert errors[1] < 1e-4
-    assert errors[2] < 1e-12
+    assert errors[0] > 1e-3
+    assert errors[1] < 1e-12
 
 
 def test_derivatives_are_there_in_forward_mode_and_up_to_the_order_asked_for() -> None:
@@ -248,8 +247,9 @@ def test_errors_of_func_and_of_the_way_come_through() -> None:
 
 def test_unusable_arguments_are_refused() -> None:
     func = lambda t, y: -y  # noqa: E731
-    with pytest.raises(sa.ArgumentError, match="order = 0 must be at least 1"):
-        sa.steady_state(func, zeros(1), order=0)
+    for name in ("rtol", "atol", "max_steps", "order"):
+        with pytest.raises(sa.ArgumentError, match=f"{name} = 0 must be positive"):
+            sa.steady_state(func, zeros(1), **{name: 0})  # type: ignore[arg-type]
     with pytest.raises(sa.ArgumentError, match="not callable"):
         sa.steady_state(None, zeros(1))  # type: ignore[arg-type]
     with pytest.raises(sa.ArgumentError, match=r"inside a transform of torch\.func"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +104,8 @@ def steady_state(
         >>> round(y.item(), 12), round(made.grad.item(), 12)  # p / (1 - p), 1 / (1 - p)^2
         (1.0, 4.0)
     """
-    _check(func, order)
+    _check(func)
+    _check_numbers(rtol=rtol, atol=atol, max_steps=max_steps, order=order)
     spec, flat = StateSpec.of(y0)
     field = GraphField(flat_func(func, spec, list(args)), flat)
     equation = _Equation(field, spec, field.time(t), newton or Newton())
@@ -119,7 +122,7 @@ def steady_state(
     return spec.unflatten(root)
 
 
-def _check(func: Any, order: int) -> None:
+def _check(func: Any) -> None:
     if not callable(func):
         raise ArgumentError(f"func = {func!r} is not callable; give func(t, y) -> dy/dt")
     if transformed():
@@ -127,8 +130,12 @@ def _check(func: Any, order: int) -> None:
             "steady_state does not work inside a transform of torch.func (grad, vmap, jvp ...); "
             "differentiate it with torch.autograd, and solve samples one by one or as one state"
         )
-    if order < 1:
-        raise ArgumentError(f"order = {order} must be at least 1, which gives first derivatives")
+
+
+def _check_numbers(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not 0 < value < math.inf:
+            raise ArgumentError(f"{name} = {value} must be positive and finite")
 
 
 @dataclass
@@ -304,7 +311,7 @@ class _Descent:
         )
 
 
-def _no_tangents() -> Any:
+def _no_tangents() -> contextlib.AbstractContextManager[Any]:
     """Compute as if nothing carried a tangent of forward mode."""
     return forward_ad._set_fwd_grad_enabled(False)
 
