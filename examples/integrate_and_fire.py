@@ -181,7 +181,7 @@ def main() -> None:
         f"current {current:.4f} (true {TRUE[0]}), tau {tau:.4f} (true {TRUE[1]}), "
         f"miss {found.misses[-1]:.1e}"
     )
-    print("relative error of the derivatives of six spike times")
+    print("relative error of the derivatives of spike times")
     print(f"  through the spikes        {checked.exact:.1e}")
     for size, error in checked.differences.items():
         print(f"  central difference {size:.0e}  {error:.1e}")
