@@ -86,7 +86,7 @@ def smoothed(x: Tensor) -> Tensor:
     return u
 
 
-def assimilate(iterations: int = 25, seed: int = 0) -> Analysis:
+def assimilate(iterations: int = 15, seed: int = 0) -> Analysis:
     """Find the initial field, from that of no information: zero."""
     true = truth()
     noise = torch.randn(true[1:, ::EVERY].shape, generator=torch.Generator().manual_seed(seed))

@@ -21,7 +21,7 @@ import symplectic_adjoint as sa
 
 START = 0.4
 # So that what is left of the errors of derivatives is not that of the solution.
-FINE = {"method": "dopri8", "rtol": 1e-12, "atol": 1e-12}
+FINE: dict[str, Any] = {"method": "dopri8", "rtol": 1e-12, "atol": 1e-12}
 TRUE = (0.6, 2.0)
 GUESS = (0.7, 1.8)
 

@@ -69,7 +69,7 @@ def test_images_example_restores_new_digits_with_less_memory() -> None:
     example = load(EXAMPLES / "restore_images.py")
     flow, losses = example.train(iterations=40)
     _, new = example.measured()
-    few = example.rows(new, 200)
+    few = example.rows(new, 100)
     before = example.psnr(example.blurred(few.values), few.truth)
     assert losses[-1] < 0.5 * losses[0]
     assert example.psnr(flow(few).detach(), few.truth) > before + 3
