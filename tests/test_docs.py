@@ -59,7 +59,7 @@ def test_steady_state_example_compares_with_the_closed_form() -> None:
         assert short.error > 0.1
         assert 1e-4 < long.error < 0.1
         assert long.calls > 2 * short.calls
-    by_backprop, by_symplectic = unrolled[1], unrolled[3]
+    by_symplectic, by_backprop = unrolled[1], unrolled[3]
     assert by_backprop.memory > 2 * by_symplectic.memory
     slope = float(example.gradients(example.implicit)[1][0])
     assert example.difference(0) == pytest.approx(slope, rel=1e-6)
