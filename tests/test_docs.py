@@ -71,7 +71,7 @@ def test_images_example_restores_new_digits_with_less_memory() -> None:
     _, new = example.measured()
     few = example.rows(new, 100)
     before = example.psnr(example.blurred(few.values), few.truth)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
     assert example.psnr(flow(few).detach(), few.truth) > before + 3
     assert example.memory(flow, few, "backprop") > 3 * example.memory(flow, few, "symplectic")
 
