@@ -178,7 +178,7 @@ def test_a_write_that_fails_leaves_the_old_content_and_no_litter(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(files.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         files.write_bytes(path, b"new")
     assert path.read_bytes() == b"old"

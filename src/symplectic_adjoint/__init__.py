@@ -21,10 +21,12 @@ from symplectic_adjoint._errors import (
     EventOutputError,
     ExecutionWarning,
     FieldOutputError,
+    JobFolderError,
     MemoryBudgetError,
     NonFiniteError,
     NonlinearSolveError,
     NotSeparableError,
+    OtherJobError,
     SecondDerivativeError,
     SolveError,
     Status,
@@ -38,7 +40,7 @@ from symplectic_adjoint._errors import (
     UnknownNameError,
 )
 from symplectic_adjoint.api import solve
-from symplectic_adjoint.checkpoints import Device, Disk, Host, Rounded
+from symplectic_adjoint.checkpoints import Device, Disk, Host, JobFolder, Rounded
 from symplectic_adjoint.compat.torchdiffeq import (
     odeint,
     odeint_adjoint,
@@ -107,12 +109,15 @@ __all__ = [
     "ImplicitAdams",
     "ImplicitRK",
     "Interpolation",
+    "JobFolder",
+    "JobFolderError",
     "MemoryBudgetError",
     "NeuralODE",
     "Newton",
     "NonFiniteError",
     "NonlinearSolveError",
     "NotSeparableError",
+    "OtherJobError",
     "Partitioned",
     "Rounded",
     "ScipySolver",

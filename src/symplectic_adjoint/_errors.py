@@ -30,6 +30,22 @@ class ArgumentError(SymplecticAdjointError, ValueError):
     """An argument is unusable; raised before anything is computed."""
 
 
+class JobFolderError(ArgumentError):
+    """A job folder cannot be used: another process works in it, or its files are no job's."""
+
+
+class OtherJobError(JobFolderError):
+    """A job folder holds another job; nothing in it was touched.
+
+    Attributes:
+        differences: What is different.
+    """
+
+    def __init__(self, message: str, differences: Iterable[str]) -> None:
+        super().__init__(message)
+        self.differences = tuple(differences)
+
+
 class UnknownNameError(ArgumentError):
     """A method, strategy or option is unknown; the message names the nearest valid one.
 

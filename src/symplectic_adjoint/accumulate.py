@@ -17,6 +17,15 @@ class InPlace:
     def collect(self) -> None:
         """Take over what one product has added."""
 
+    def saved(self) -> list[Tensor | None]:
+        """What the sums consist of, between two products."""
+        return [leaf.grad for leaf in self.leaves]
+
+    def restore(self, saved: Sequence[Tensor | None]) -> None:
+        """Go on from what ``saved`` has given."""
+        for leaf, grad in zip(self.leaves, saved, strict=True):
+            leaf.grad = grad
+
     def totals(self) -> list[Tensor | None]:
         """The sums, None for leaves that no product reached; clears the leaves."""
         totals = [leaf.grad for leaf in self.leaves]
@@ -49,6 +58,14 @@ class Float64(InPlace):
                 self._add(i, leaf.grad)
                 leaf.grad = None
 
+    def saved(self) -> list[Tensor | None]:
+        """The sums."""
+        return [*self.sums]
+
+    def restore(self, saved: Sequence[Tensor | None]) -> None:
+        """Go on from these sums."""
+        self.sums = [*saved]
+
     def totals(self) -> list[Tensor | None]:
         """The sums in the leaves' dtype."""
         self.collect()
@@ -75,6 +92,16 @@ class Compensated(Float64):
     def __init__(self, leaves: Sequence[Tensor]) -> None:
         super().__init__(leaves)
         self.lost: list[Tensor] = [torch.zeros(()) for _ in leaves]
+
+    def saved(self) -> list[Tensor | None]:
+        """The sums, and their lost parts."""
+        return [*self.sums, *self.lost]
+
+    def restore(self, saved: Sequence[Tensor | None]) -> None:
+        """Go on from these sums and lost parts."""
+        count = len(self.sums)
+        self.sums = [*saved[:count]]
+        self.lost = [x for x in saved[count:] if x is not None]
 
     def totals(self) -> list[Tensor | None]:
         """The sums with their lost parts."""

@@ -118,6 +118,8 @@ def solve(
     strategy = gradients.get(default_gradient(method) if gradient is None else gradient)
     stepper = within(resolved_stepper(method, strategy), rtol, atol)
     strategy.check(stepper)
+    if strategy.folder is not None:
+        execution = _eager(execution)
     events = listed(event)
     if isinstance(stepper, ScipySolver):
         controller = _scipy_controller(controller, events, dense)
@@ -267,6 +269,25 @@ def _not_found(solution: Solution) -> EventNotFoundError:
         "happened, or allow more steps with controller=Adaptive(max_steps=...) (in odeint "
         "options={'max_num_steps': ...})"
     )
+
+
+def _eager(execution: str) -> str:
+    """How a solve runs that is written to a job folder, which compiled code cannot do.
+
+    Raises:
+        ArgumentError: It was to be compiled, or is part of a transform.
+    """
+    if transformed():
+        raise ArgumentError(
+            "folder=... is not supported inside a transform of torch.func (grad, vmap, jvp ...); "
+            "differentiate with torch.autograd, or leave folder= out"
+        )
+    if execution not in ("auto", "eager"):
+        raise ArgumentError(
+            f"execution={execution!r} compiles the solve, which folder= then cannot write down; "
+            "use execution='eager', or leave folder= out"
+        )
+    return "eager"
 
 
 def _check_lifted(

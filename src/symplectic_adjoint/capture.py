@@ -193,11 +193,16 @@ class Capture(Listed):
                 self._add(tensor, "params", None)
 
     @property
-    def elements(self) -> int:
-        """How many elements the tensors have that were found, constants included."""
+    def found(self) -> list[Tensor]:
+        """All tensors that were found, constants included."""
         found = {id(x): x for x, _ in self._versions}
         found |= {id(x): x for x in (*self.tensors, *self._scripted.values())}
-        return sum(x.numel() for x in found.values())
+        return [*found.values()]
+
+    @property
+    def elements(self) -> int:
+        """How many elements they have."""
+        return sum(x.numel() for x in self.found)
 
     def _add(self, tensor: Tensor, name: str, slot: _Slot | None) -> None:
         value = tensor

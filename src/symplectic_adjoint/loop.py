@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -106,6 +106,9 @@ class Stats:
         backward_rejected: Its rejected attempts.
         backward_retaken: Steps that the last backward pass took again, to get back at states that
             were not kept.
+        resumed: Of the accepted steps, those that were in a job folder and not taken again.
+        backward_resumed: Steps that the last backward pass did not reverse again, for the same
+            reason.
         further: Of the evaluations, those of iterations and starting steps in accepted steps.
         backward_further: The same, of the last backward pass, where it solves an equation of its
             own.
@@ -128,6 +131,8 @@ class Stats:
     backward_accepted: int = 0
     backward_rejected: int = 0
     backward_retaken: int = 0
+    resumed: int = 0
+    backward_resumed: int = 0
     further: int = 0
     backward_further: int = 0
     solver_evaluations: int = 0
@@ -267,6 +272,22 @@ class Run:
     error: SolveError | None = None
     event: Any = None
 
+    def shared(self, outputs: Outputs) -> Outputs:
+        """The same; most steps hold none: one object for all of them."""
+        return self.outputs[-1] if self.outputs and outputs == self.outputs[-1] else outputs
+
+
+class Log(Protocol):
+    """Writes down a solve while it runs, so that it can go on in another process."""
+
+    def restore(self, run: Run, y: Tensor, times: OutputTimes) -> None:
+        """Fill in what was done before: steps and outputs; ``times`` goes on after these."""
+        ...
+
+    def note(self, run: Run, step: Any, y: Tensor, reached: int) -> None:
+        """Write down where it is after a step, if it is time; ``reached`` outputs are in ``y``."""
+        ...
+
 
 def run(
     field: Field,
@@ -278,6 +299,7 @@ def run(
     graph: bool,
     report: Callable[[float], None] | None = None,
     watch: Callable[[Field, Stepper, Any], Any] | None = None,
+    log: Log | None = None,
 ) -> Run:
     """Drive a solve: write the outputs, and hand each step to ``keep``.
 
@@ -292,10 +314,13 @@ def run(
         report: Called with each time reached.
         watch: Called with (field, stepper, step) for each accepted step; what it returns, if
             anything, happens at a time ``.t`` within the step and ends the solve there.
+        log: Writes the solve down, where outputs are not on a graph.
     """
     result = Run([as_float(state.t)], end=state)
     count = len(output_times.times) + (watch is not None)
     writer = _GraphWriter(state.y) if graph else _Writer(state.y, count)
+    if log is not None:
+        log.restore(result, writer.y, output_times)
     reached = output_times.next
     try:
         for step in steps:
@@ -303,9 +328,7 @@ def run(
             if watch is not None and (event := watch(field, stepper, step)) is not None:
                 result.event = event
                 output_times.stop(event.t)
-            outputs = output_times.take(t1)
-            if result.outputs and outputs == result.outputs[-1]:
-                outputs = result.outputs[-1]  # most steps hold none: one object for all of them
+            outputs = result.shared(output_times.take(t1))
             if outputs.dense:
                 theta = output_times.places(outputs, step.start.t, step.t1)
                 writer.write(outputs.first, stepper.interpolate(field, step, theta))
@@ -318,6 +341,8 @@ def run(
             result.end = stepper.end(step)
             if report is not None:
                 report(t1)
+            if log is not None:
+                log.note(result, step, writer.y, reached)
             del step
             if result.event is not None:
                 break
@@ -346,6 +371,7 @@ class _GraphWriter:
     """Outputs that stay on the graph."""
 
     def __init__(self, y0: Tensor) -> None:
+        self.y = y0
         self.parts = [y0.unsqueeze(0)]
 
     def write(self, first: int, y: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from symplectic_adjoint.checkpoints.disk import Disk
+from symplectic_adjoint.checkpoints.folder import JobFolder
 from symplectic_adjoint.checkpoints.stores import Device, Host, Place, Rounded, Store
 
-__all__ = ["Device", "Disk", "Host", "Place", "Rounded", "Store"]
+__all__ = ["Device", "Disk", "Host", "JobFolder", "Place", "Rounded", "Store"]

@@ -195,7 +195,7 @@ def _close(file: IO[bytes], worker: ThreadPoolExecutor, thread: int) -> None:
 
 def _write(file: IO[bytes], offset: int, parcels: Sequence[Parcel]) -> None:
     for parcel in parcels:
-        for view in _views(parcel.landed()):
+        for view in views(parcel.landed()):
             while view:
                 count = os.pwrite(file.fileno(), view, offset)
                 view, offset = view[count:], offset + count
@@ -205,7 +205,7 @@ def _read(file: IO[bytes], extent: _Extent) -> list[Tensor]:
     offset, tensors = extent.offset, []
     for size, dtype, device in extent.shapes:
         x = torch.empty(size, dtype=dtype, pin_memory=device.type == "cuda")
-        for view in _views(x):
+        for view in views(x):
             while view:
                 count = os.preadv(file.fileno(), [view], offset)
                 if not count:
@@ -215,7 +215,7 @@ def _read(file: IO[bytes], extent: _Extent) -> list[Tensor]:
     return tensors
 
 
-def _views(x: Tensor) -> Iterator[memoryview]:
+def views(x: Tensor) -> Iterator[memoryview]:
     """The bytes of a contiguous tensor, in place; numpy would be one more dependency."""
     if x.numel():
         buffer = (ctypes.c_char * x.nbytes).from_address(x.data_ptr())

@@ -75,6 +75,13 @@ class Plan(Protocol):
         """
         ...
 
+    def found(self, step: int, sizes: Sizes = UNIT) -> Iterator[Action]:
+        """The same where nothing but the state at the start of ``step`` is there.
+
+        So a plan begins for a solve that goes on; between two such steps others may be missing.
+        """
+        ...
+
     def reverse(self, steps: int) -> Iterator[Action]:
         """The actions of the backward pass; it drops everything that was kept."""
         ...
@@ -128,6 +135,14 @@ class _Plan:
     def took(self, step: int, sizes: Sizes = UNIT) -> Iterator[Action]:
         self.sizes = sizes if self.sizes is None else self.sizes.joined(sizes)
         yield from self.decide(step, sizes)
+
+    def found(self, step: int, sizes: Sizes = UNIT) -> Iterator[Action]:
+        self.sizes = sizes if self.sizes is None else self.sizes.joined(sizes)
+        yield from self.state(step, sizes.state)
+
+    def state(self, step: int, size: int) -> Iterator[Action]:
+        """Keep the state at the start of ``step``, if it has to be, and others no longer."""
+        yield self.keep(step, What.STATE, size)
 
     def decide(self, step: int, sizes: Sizes) -> Iterator[Action]:
         """What to keep of ``step``, and what no longer."""
@@ -351,7 +366,7 @@ class Thinning:
         ArgumentError: There is no room.
     """
 
-    capacity: int
+    capacity: float
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
@@ -388,8 +403,11 @@ class ThinningPlan(_Plan):
             self.reduced[step] = sizes
             yield self.keep(step, self.what, sizes.of(self.what))
             return
+        yield from self.state(step, sizes.state)
+
+    def state(self, step: int, size: int) -> Iterator[Action]:
         level = 0
-        while self.used + sizes.state > self.capacity:
+        while self.used + size > self.capacity:
             if self.spare:
                 yield self.drop(self.spare.pop())
             elif len(self.firm) > 1:
@@ -404,7 +422,7 @@ class ThinningPlan(_Plan):
                 return
         self._raise(level)
         self.firm.append((step, level))
-        yield self.keep(step, What.STATE, sizes.state)
+        yield self.keep(step, What.STATE, size)
 
     def _reduce(self) -> Action:
         """Reduce the oldest of the steps of which most is kept."""
@@ -459,6 +477,10 @@ class SpillPlan:
     def took(self, step: int, sizes: Sizes = UNIT) -> Iterator[Action]:
         self.sizes = sizes
         return self._spilled(self.plan.took(step, sizes))
+
+    def found(self, step: int, sizes: Sizes = UNIT) -> Iterator[Action]:
+        self.sizes = sizes
+        return self._spilled(self.plan.found(step, sizes))
 
     def reverse(self, steps: int) -> Iterator[Action]:
         return self._spilled(self.plan.reverse(steps))

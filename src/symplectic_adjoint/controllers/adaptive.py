@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -222,6 +222,22 @@ class AdaptivePace:
                 "rtol/atol, or use float64."
             )
         return t1
+
+    def saved(self) -> dict[str, Any]:
+        """What is known after an accepted step, as plain values."""
+        return {
+            "h": self.h,
+            "attempts": self.attempts,
+            "errors": self.errors,
+            "history": list(self.history),
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what ``saved`` has given."""
+        self.h, self.attempts = saved["h"], saved["attempts"]
+        last, before = saved["errors"]
+        self.errors = (last, before)
+        self.history.extend((t, h, error) for t, h, error in saved["history"])
 
     def next_stop(self, t: float) -> float:
         """Where the step from ``t`` has to end at the latest."""

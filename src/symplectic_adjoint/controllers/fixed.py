@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,14 @@ class GridPace:
 
     def fail(self, error: NonlinearSolveError, t: float, t1: float) -> None:
         raise error
+
+    def saved(self) -> dict[str, Any]:
+        """What is known after a step, as plain values."""
+        return {"taken": self.taken}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what ``saved`` has given."""
+        self.taken = saved["taken"]
 
 
 def _check_grid(grid: Tensor, t: Tensor) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from symplectic_adjoint._errors import ArgumentError
+from symplectic_adjoint._files import lock, write_whole
 
 KIND = "symplectic-adjoint compare"
 _LOCK = ".lock"
@@ -35,17 +36,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         b'content'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # There is one writer (see RunFolder.lock), so what a killed process left is overwritten.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, [content])
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -149,16 +140,13 @@ class Folder:
             RunFolderError: Another process holds the lock.
         """
         try:
-            import fcntl
-        except ImportError:  # not on this platform; the lock is a courtesy
+            descriptor = lock(self.path / _LOCK)
+        except BlockingIOError as error:
+            raise RunFolderError(f"another process is writing to {self.path}") from error
+        try:
             yield
-            return
-        with open(self.path / _LOCK, "w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunFolderError(f"another process is writing to {self.path}") from error
-            yield
+        finally:
+            os.close(descriptor)
 
     def holds_run(self) -> bool:
         """Whether a run of this kind was started here."""

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from symplectic_adjoint._types import Time
 from symplectic_adjoint.accumulate import InPlace
 from symplectic_adjoint.callbacks import Callbacks
 from symplectic_adjoint.capture import Capture
+from symplectic_adjoint.checkpoints import JobFolder
 from symplectic_adjoint.controllers import Setting
 from symplectic_adjoint.field import DetachedField, Field, StageGraph
 from symplectic_adjoint.loop import Outputs, SolveShape, Stats
@@ -62,6 +63,26 @@ class Record:
         )
 
 
+class SweepLog(Protocol):
+    """Writes down a backward pass while it runs, so that it can go on in another process."""
+
+    def remaining(self) -> int | None:
+        """How many steps are yet to be reversed, where it goes on; None where it begins."""
+        ...
+
+    def begin(self) -> tuple[Any, Cotangent]:
+        """Where it goes on: the state at the end of the last of these steps, and its cotangent."""
+        ...
+
+    def note(self, remaining: int, end: Any, cotangent: Cotangent) -> None:
+        """Write down where it is, if it is time."""
+        ...
+
+    def finish(self, gradient: Sequence[Tensor | None]) -> None:
+        """Write down the gradient of ``y0`` and those of the captured tensors."""
+        ...
+
+
 @dataclass
 class Sweep:
     """Everything a backward pass works on.
@@ -86,6 +107,7 @@ class Sweep:
         memo: What the strategy remembers from one backward pass to the next.
         ledger: What was kept where the strategy keeps steps under a schedule; otherwise None.
         own: Counts the steps of a backward pass that solves an equation of its own.
+        log: Writes the sweep down where a job folder was given; otherwise None.
     """
 
     field: DetachedField
@@ -109,8 +131,22 @@ class Sweep:
     replay: Callable[[Sequence[Tensor]], tuple[Tensor, Field]]
     memo: dict[str, Any]
     ledger: Any = None
+    log: SweepLog | None = None
     own: Stats = dataclasses.field(default_factory=Stats)
     _pending: list[tuple[int, Outputs, DenseCotangent]] = dataclasses.field(default_factory=list)
+
+    @property
+    def remaining(self) -> int:
+        """How many steps there are to reverse."""
+        found = None if self.log is None else self.log.remaining()
+        return len(self.outputs) if found is None else found
+
+    def begin(self) -> tuple[Any, Cotangent]:
+        """The state at the end of the last of them, and its cotangent."""
+        if self.log is not None and self.log.remaining() is not None:
+            return self.log.begin()
+        end = self.stepper.resume(self.setting.ending(self.nodes[-1]), self.end, self.end_token)
+        return end, Cotangent(torch.zeros_like(self.y0))
 
     def start(self, n: int) -> Time:
         """Where step ``n`` starts."""
@@ -182,6 +218,7 @@ class Strategy:
         method: The only method that the strategy works with, or None.
         keeps_outputs: Whether the backward pass needs the solution at the output times.
         keeps: What the compiled loop keeps of a solve; None where it does not run the strategy.
+        folder: Where solves are written down, so that they can go on in another process; or None.
     """
 
     name: ClassVar[str]
@@ -189,6 +226,7 @@ class Strategy:
     method: ClassVar[str | None] = None
     keeps_outputs: ClassVar[bool] = False
     keeps: Keeps | None = None
+    folder: JobFolder | None = None
 
     def check(self, stepper: Stepper) -> None:
         """Refuse a method that the strategy cannot reverse.
@@ -273,10 +311,8 @@ def stagewise(sweep: Sweep, step_at: Callable[[int, Any], Any]) -> Tensor:
         The cotangent of ``y0``.
     """
     stepper = sweep.stepper
-    end_time = sweep.setting.ending(sweep.nodes[-1])
-    end = stepper.resume(end_time, sweep.end, sweep.end_token)
-    cotangent = Cotangent(torch.zeros_like(sweep.y0))
-    for n in reversed(range(len(sweep.outputs))):
+    end, cotangent = sweep.begin()
+    for n in reversed(range(sweep.remaining)):
         if (kept := sweep.records[n].end) is not None and n + 1 < len(sweep.outputs):
             cotangent = Cotangent(_begun(sweep, n + 1, kept.tensors[0], end, cotangent))
             end = stepper.resume(sweep.stop(n), kept.tensors, *kept.tokens)
@@ -290,6 +326,8 @@ def stagewise(sweep: Sweep, step_at: Callable[[int, Any], Any]) -> Tensor:
         told("accept_step")
         end = step.start
         del step  # so that its stages are freed before the next ones are computed again
+        if sweep.log is not None:
+            sweep.log.note(n, end, cotangent)
     lam = _begun(sweep, 0, sweep.y0, end, cotangent)
     sweep.finish_times()
     return lam + sweep.g[0]

@@ -21,6 +21,7 @@ from symplectic_adjoint.controllers import Controller, Setting
 from symplectic_adjoint.field import DetachedField, Field, GraphField, TangentField
 from symplectic_adjoint.gradients._base import Grid, Record, Strategy, Sweep, replay
 from symplectic_adjoint.gradients._derived import Pull, Push, Shelf, Value, derived, tangents_like
+from symplectic_adjoint.gradients._resume import SolveLog, plain
 from symplectic_adjoint.loop import Outputs, Stats
 from symplectic_adjoint.steppers import Stepper
 from symplectic_adjoint.steppers._base import Reversal, TimeCotangents
@@ -53,6 +54,7 @@ class Tape:
         spec: How the caller's state maps onto the flat one.
         ledger: What was kept where the strategy keeps steps under a schedule; it owns all tensors
             but those of the last state.
+        log: Writes backward passes to a job folder, where one was given.
         memo: What the strategy remembers from one backward pass to the next.
     """
 
@@ -76,6 +78,7 @@ class Tape:
     callbacks: Callbacks
     spec: StateSpec
     ledger: Any = None
+    log: SolveLog | None = None
     memo: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def release(self) -> list[Tensor]:
@@ -193,9 +196,11 @@ class _Solve(torch.autograd.Function):
         recording = _Recording(ctx.tape, inputs, y, kept)
         # Cotangents in a batch, or with tangents: a rule for either is needed.
         if transformed() or any(map(has_tangent, (*inputs, g))):
+            plain(ctx.tape.log)
             grads = iter(derived(Pull(Value(), needs), Shelf(recording), _FIRST, [*inputs, g]))
             return (None, None, *(next(grads) if need else None for need in needs))
         if torch.is_grad_enabled():
+            plain(ctx.tape.log)
             return (None, None, *_differentiable(recording, needs, g))
         return (None, None, *recording.pull(g, needs))
 
@@ -255,6 +260,9 @@ def _reversed(
     g: Tensor,
 ) -> list[Tensor | None]:
     """First derivatives, by the tape's strategy."""
+    if tape.log is not None and (gradient := tape.log.gradient(g)) is not None:
+        _write_stats(tape.stats, Field(tape.func, g[0]), Stats(backward_resumed=len(tape.outputs)))
+        return [gradient[0], None, None, *gradient[1:]]
     y0, _, times, *captured = inputs
     end, records = tape.restored(kept)
     aliases = list(tape.aliases) or detached(captured)
@@ -288,11 +296,13 @@ def _reversed(
             replay=functools.partial(replayed, tape),
             memo=tape.memo,
             ledger=tape.ledger,
+            log=None if tape.log is None else tape.log.sweep(g, tape.nodes, field.sums),
             callbacks=tape.callbacks,
             spec=tape.spec,
         )
         tape.callbacks.renew()
         lam = tape.strategy.reverse(sweep)
+    sweep.own.backward_resumed = len(tape.outputs) - sweep.remaining
     _write_stats(tape.stats, field, sweep.own)
     if tape.ledger is not None:
         tape.stats.backward_retaken = tape.ledger.retaken
@@ -300,6 +310,8 @@ def _reversed(
     reversal = sweep.reversal.times
     node_grads = None if reversal is None else reversal.values.cpu()
     time_grads = None if sweep.out_times is None else sweep.out_times.cpu()
+    if sweep.log is not None:
+        sweep.log.finish([lam, *grads])
     return [lam, node_grads, time_grads, *grads]
 
 
@@ -347,6 +359,7 @@ def _write_stats(stats: Stats, field: Field, own: Stats) -> None:
     stats.backward_evaluations, stats.products = field.evaluations, field.products
     stats.backward_accepted, stats.backward_rejected = own.accepted, own.rejected
     stats.backward_further = own.further
+    stats.backward_resumed = own.backward_resumed
     stats.backward_solver_evaluations = field.solver_evaluations
     stats.backward_solver_products = field.solver_products
 

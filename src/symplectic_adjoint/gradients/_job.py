@@ -31,6 +31,7 @@ from symplectic_adjoint.gradients._dense import GraphDense, RecordedDense
 from symplectic_adjoint.gradients._event import Located
 from symplectic_adjoint.gradients._function import Autocast, Tape, attach, replayed
 from symplectic_adjoint.gradients._ledger import Ledger
+from symplectic_adjoint.gradients._resume import SolveLog, guarded, opened
 from symplectic_adjoint.gradients.backprop import Backprop
 from symplectic_adjoint.gradients.checkpoint import Checkpoint
 from symplectic_adjoint.loop import Outputs, OutputTimes, Run, SolveShape, Stats, integrate, run
@@ -338,7 +339,9 @@ def record(job: Job) -> Recorded:
         if ledger is not None:
             ledger.use(field)
         times = output_times(job, job.problem.t.detach())
-        result, stats = _run(job, field, {}, times, keep, graph=False)
+        log = opened(job, field, ledger)
+        with guarded(job, log):
+            result, stats = _run(job, field, {}, times, keep, graph=False, log=log)
     # A grid that had to be checked step by step may have got further before.
     del records[len(result.outputs) :], dense_records[len(result.outputs) :]
     tape = tape_of(job, field, result, stats, records, aliases)
@@ -346,6 +349,7 @@ def record(job: Job) -> Recorded:
         ledger.until(len(result.outputs))
         tape.records, tape.ledger = ledger, ledger
         tape.aliases = aliases if ledger.graphs else ()
+        tape.log = log if result.error is None else None
     return Recorded(job, result, stats, field, tape, dense_records)
 
 
@@ -380,6 +384,7 @@ def _run(
     keep: Callable[[int, Any, Outputs], None],
     graph: bool,
     checked: bool = False,
+    log: SolveLog | None = None,
 ) -> tuple[Run, Stats]:
     """Integrate. A fixed grid is read back once, at the end; if that fails, step by step."""
     stats = Stats()
@@ -389,6 +394,7 @@ def _run(
     setting = job.setting
     start = setting.starting(knots.get(t0, t0))
     state = job.stepper.begin(start, y0)
+    resumed = state if log is None else log.resumed(state, stats)
     before = RandomState(field.device)
 
     watch = Watch(job.events) if job.events else None
@@ -404,11 +410,15 @@ def _run(
         if isinstance(pace, GridPace):
             pace.checked = checked or watch is not None
             admit(job.stepper, field, state, setting.grid)
-        yield from integrate(field, job.stepper, pace, state, setting, knots, stats, told)
+        if log is not None:
+            log.attend(pace)
+        yield from integrate(field, job.stepper, pace, resumed, setting, knots, stats, told)
 
     try:
         with limited(job.threads):
-            result = run(field, job.stepper, steps(), state, times, keep, graph, job.report, watch)
+            result = run(
+                field, job.stepper, steps(), state, times, keep, graph, job.report, watch, log
+            )
     except Rediscovered:
         job.spent += field.evaluations
         raise
@@ -418,7 +428,11 @@ def _run(
     unchecked = job.grid is not None and watch is None and not checked
     if unchecked and not bool(torch.isfinite(result.y).all()):
         before.set()
-        return _run(job, field, knots, replace(times, next=1), keep, graph, checked=True)
+        if log is not None:
+            log.restart()
+        return _run(job, field, knots, replace(times, next=1), keep, graph, checked=True, log=log)
+    if log is not None:
+        log.finish(result)
     return result, stats
 
 

@@ -135,13 +135,12 @@ class Ledger(Sequence[Record]):
         if n == 0:
             self._empty()
             self._restart()
-        state, stages, sizes = self._offered(step)
+        state, stages, sizes = self.offered(step)
         if state.tokens:
             self.tokens[n] = stages.tokens
             self.traces += sum(map(_token_bytes, stages.tokens))
         if end is not None:
-            self.ends[n] = end
-            self.traces += _bytes(end)
+            self.cut(n, end)
         self.settle(self.plan, n + 1, self.traces, sizes.state)
         if self._in_flight:
             self.plan.capacity = max(self.plan.capacity - self._in_flight, sizes.state)
@@ -156,11 +155,27 @@ class Ledger(Sequence[Record]):
                 stage.graph = None
         self.steps = n + 1
 
+    def found(self, n: int, state: Saved, sizes: Sizes) -> None:
+        """Begin with the state at the start of step ``n`` of a solve that goes on.
+
+        Raises:
+            MemoryBudgetError: Not even one state fits.
+            StoreError: A store failed.
+        """
+        self.settle(self.plan, n, self.traces, sizes.state)
+        for action in self.plan.found(n, sizes):
+            self._store(action, state, state)
+
+    def cut(self, n: int, end: Saved) -> None:
+        """Keep the state at the end of step ``n``, after which the next one begins anew."""
+        self.ends[n] = end
+        self.traces += _bytes(end)
+
     def until(self, steps: int) -> None:
         """No more than so many steps were accepted in the end."""
         self.steps = steps
 
-    def _offered(self, step: Any) -> tuple[Saved, Saved, Sizes]:
+    def offered(self, step: Any) -> tuple[Saved, Saved, Sizes]:
         """What can be kept of a step, and its sizes."""
         state = self.stepper.save(step, stages=False)
         if self.most == What.STATE:
@@ -240,7 +255,7 @@ class Ledger(Sequence[Record]):
             sweep: The backward pass.
             load: ``(n, saved, end) -> step``.
         """
-        actions = self._again(sweep) if self.spent else self.plan.reverse(self.steps)
+        actions = self._again(sweep) if self.spent else self.plan.reverse(sweep.remaining)
         self.spent, self.retaken = True, 0
         state = saved = taken = None
         end = yield
@@ -266,7 +281,7 @@ class Ledger(Sequence[Record]):
                     end = yield step
                     del step
                 case Keep():
-                    self._store(action, *self._offered(taken)[:2])
+                    self._store(action, *self.offered(taken)[:2])
                     taken = None
                 case _:
                     self._store(action, NOTHING.saved, NOTHING.saved)
@@ -274,9 +289,9 @@ class Ledger(Sequence[Record]):
     def _again(self, sweep: Sweep) -> Iterator[Action]:
         self._empty()
         tokens = self.tokens.get(0, ())
-        if self.steps:
+        if sweep.remaining:
             self._put(0, Saved((sweep.y0,), tokens), What.STATE, Where.FAST)
-        return self.plan.again(self.steps)
+        return self.plan.again(sweep.remaining)
 
     def _resumed(self, sweep: Sweep, n: int, saved: Saved) -> Any:
         token = saved.tokens[0] if saved.tokens else None

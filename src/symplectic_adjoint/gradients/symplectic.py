@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from torch import Tensor
 from symplectic_adjoint._errors import ArgumentError, UnknownNameError
 from symplectic_adjoint.accumulate import Compensated, Float64, InPlace
 from symplectic_adjoint.capture import Capture
-from symplectic_adjoint.checkpoints import Device, Host, Place
+from symplectic_adjoint.checkpoints import Device, Host, JobFolder, Place
 from symplectic_adjoint.checkpoints.actions import What
 from symplectic_adjoint.checkpoints.schedules import All, Spill, Thinning
 from symplectic_adjoint.field import DetachedField, LeafField
@@ -58,10 +59,12 @@ class Symplectic(Strategy):
         place: Where what is kept lies: ``Device()``, ``Host()``, ``Disk(folder)`` or, inexactly,
             ``Rounded(dtype, place)``. With a budget that which does not fit goes there, and no step
             is thinned. By default everything lies on the state's device.
+        folder: A ``JobFolder``, in which the solve and its backward pass are written down as they
+            go: run again after their process has died, they continue to the same gradient.
 
     Raises:
         UnknownNameError: ``store``, ``accumulate`` or ``memory`` is none of these.
-        ArgumentError: ``memory`` is no size.
+        ArgumentError: ``memory`` is no size, or ``folder`` no ``JobFolder``.
 
     Example:
         >>> import torch
@@ -79,6 +82,7 @@ class Symplectic(Strategy):
     accumulate: Literal["inplace", "float64", "compensated"] = "inplace"
     memory: int | str | None = None
     place: Place | None = None
+    folder: JobFolder | None = None
     name = "symplectic"
 
     @property
@@ -88,7 +92,8 @@ class Symplectic(Strategy):
     @property
     def _limited(self) -> bool:
         """Whether steps are kept under a schedule."""
-        return self.place is not None or parsed(self.memory) not in (None, "fastest")
+        limited = self.place is not None or parsed(self.memory) not in (None, "fastest")
+        return limited or self.folder is not None
 
     def __post_init__(self) -> None:
         parsed(self.memory)
@@ -96,6 +101,8 @@ class Symplectic(Strategy):
             raise UnknownNameError("store", self.store, _STORES)
         if self.accumulate not in _SUMS:
             raise UnknownNameError("accumulate", self.accumulate, _SUMS)
+        if not isinstance(self.folder, JobFolder | None):
+            raise ArgumentError(f"folder must be a JobFolder, JobFolder({self.folder!r})")
 
     @property
     def keeps(self) -> Keeps | None:  # type: ignore[override]
@@ -112,6 +119,11 @@ class Symplectic(Strategy):
         if not self.exact:  # a rounded place cannot do without a transpose, either
             replace(self, place=None).check(stepper)
         super().check(stepper)
+        if self.folder is not None and not self.exact:
+            raise ArgumentError(
+                f"what place={self.place!r} has rounded cannot be found again by a process that "
+                "goes on with a job; leave place= or folder= out"
+            )
         if self.store == "graph" and isinstance(stepper, ImplicitRK):
             raise ArgumentError(
                 f"store='graph' keeps the one evaluation of each stage, but {stepper.name!r} finds "
@@ -153,7 +165,7 @@ class Symplectic(Strategy):
                 )
         most = What(_STORES.index(self.store))
         if self.place is None:
-            return Ledger(stepper, Thinning(1), [Device().open()], most, settle)
+            return Ledger(stepper, Thinning(math.inf), [Device().open()], most, settle)
         stores = [Device().open(), self.place.open()]
         return Ledger(stepper, Spill(All(most), 0), stores, most, settle)
 
