@@ -1,0 +1,129 @@
+"""Jobs that tests run in processes of their own, and kill."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import symplectic_adjoint as sa
+from symplectic_adjoint import _files
+from tests.problems import case, loss
+
+FIXED = {"controller": sa.FixedGrid(step_size=0.06)}
+JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # Options of the strategy, options of the solve.
+    "grid": ({"store": "steps"}, {"method": "rk4", **FIXED}),
+    "adaptive": ({}, {"method": "dopri5", "rtol": 1e-8}),
+    "graph": ({"store": "graph", "accumulate": "float64"}, {"method": "bosh3", "rtol": 1e-5}),
+    "thinned": ({"memory": "least", "accumulate": "compensated"}, {"method": "midpoint", **FIXED}),
+    "multistep": ({}, {"method": "implicit_adams", **FIXED}),
+    "jumps": ({}, {"controller": sa.Adaptive.pi(jump_t=[0.2, 0.8]), "rtol": 1e-6}),
+    "implicit": ({}, {"method": "trbdf2", "rtol": 1e-3, "atol": 1e-4}),
+}
+TIMES = (0.0, 0.31, 0.7, 0.71, 1.2)
+
+Death = tuple[str, int]
+"""At which occurrence of what a process kills itself."""
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["tests.jobs"])
+
+
+class Mortal(nn.Module):
+    """A network that is told of each of its evaluations."""
+
+    def __init__(self, net: nn.Module, told: Callable[[], None]) -> None:
+        super().__init__()
+        self.net = net
+        self.told = told
+
+    def forward(self, t: Tensor, y: Tensor, gain: Tensor) -> Tensor:
+        self.told()
+        result: Tensor = self.net(t, y, gain)
+        return result
+
+
+def _countdown(count: int, before: Callable[..., None] = lambda *_: None) -> Callable[..., None]:
+    left = itertools.count(count, -1)
+
+    def told(*args: Any) -> None:
+        if next(left) == 1:
+            before(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return told
+
+
+def _dying(death: Death | None) -> Callable[[], None]:
+    """What to tell of evaluations; lets the process die at the ``count``-th time of something."""
+    moment, count = death or ("evaluation", 0)
+    if moment == "evaluation":
+        return _countdown(count)
+    name = {"rename": "replace", "written": "fsync", "torn": "fsync"}[moment]
+    call, torn = getattr(os, name), moment == "torn"
+
+    def half(descriptor: int) -> None:
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+
+    told = _countdown(count, half if torn else lambda *_: None)
+
+    def instead(*args: Any) -> Any:
+        told(*args)
+        return call(*args)
+
+    setattr(_files.os, name, instead)
+    return lambda: None
+
+
+def gradient(
+    job: str, folder: sa.JobFolder | None, told: Callable[[], None] = lambda: None, **changed: Any
+) -> tuple[list[Tensor], sa.Stats]:
+    """Solution and gradients of a job, and its counts."""
+    problem = case(times=TIMES)
+    problem.func = Mortal(problem.func, told)  # type: ignore[arg-type]
+    strategy, options = JOBS[job]
+    sol = problem.solve(gradient=sa.Symplectic(**strategy, folder=folder), **(options | changed))
+    inputs = [*problem.inputs().values()]
+    grads = torch.autograd.grad(loss(sol.y), inputs, allow_unused=True)
+    return [sol.y.detach(), *(x for x in grads if x is not None)], sol.stats
+
+
+def _work(job: str, folder: sa.JobFolder | None, death: Death | None, out: Path) -> None:
+    torch.set_num_threads(1)
+    tensors, stats = gradient(job, folder, _dying(death))
+    torch.save({"tensors": tensors, "stats": vars(stats)}, out)
+
+
+def start(job: str, folder: sa.JobFolder | None, death: Death | None, out: Path) -> Any:
+    """Run a job in a process of its own."""
+    process = _processes.Process(target=_work, args=(job, folder, death, out))
+    process.start()
+    return process
+
+
+def run(job: str, folder: sa.JobFolder | None, death: Death | None, out: Path) -> Any:
+    """What a job gives, or None where it was killed."""
+    process = start(job, folder, death, out)
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    if process.exitcode:
+        return None
+    return torch.load(out, weights_only=True)
+
+
+def killed_after(job: str, folder: sa.JobFolder, seconds: float, out: Path) -> bool:
+    """Start a job and kill it after a while; whether it was still running."""
+    process = start(job, folder, None, out)
+    time.sleep(seconds)
+    process.kill()
+    process.join()
+    return bool(process.exitcode)
