@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,8 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "implicit": ({}, {"method": "trbdf2", "rtol": 1e-3, "atol": 1e-4}),
 }
 TIMES = (0.0, 0.31, 0.7, 0.71, 1.2)
+
+REFUSED = 7
 
 Death = tuple[str, int]
 """At which occurrence of what a process kills itself."""
@@ -84,22 +87,32 @@ def _dying(death: Death | None) -> Callable[[], None]:
     return lambda: None
 
 
-def gradient(
-    job: str, folder: sa.JobFolder | None, told: Callable[[], None] = lambda: None, **changed: Any
-) -> tuple[list[Tensor], sa.Stats]:
-    """Solution and gradients of a job, and its counts."""
+def solution(
+    job: str, folder: sa.JobFolder | None, told: Callable[[], None] = lambda: None
+) -> tuple[sa.Solution, list[Tensor]]:
+    """A job's solution, and its inputs."""
     problem = case(times=TIMES)
     problem.func = Mortal(problem.func, told)  # type: ignore[arg-type]
     strategy, options = JOBS[job]
-    sol = problem.solve(gradient=sa.Symplectic(**strategy, folder=folder), **(options | changed))
-    inputs = [*problem.inputs().values()]
+    sol = problem.solve(gradient=sa.Symplectic(**strategy, folder=folder), **options)
+    return sol, [*problem.inputs().values()]
+
+
+def gradient(
+    job: str, folder: sa.JobFolder | None, told: Callable[[], None] = lambda: None
+) -> tuple[list[Tensor], sa.Stats]:
+    """Its solution and gradients, and its counts."""
+    sol, inputs = solution(job, folder, told)
     grads = torch.autograd.grad(loss(sol.y), inputs, allow_unused=True)
     return [sol.y.detach(), *(x for x in grads if x is not None)], sol.stats
 
 
 def _work(job: str, folder: sa.JobFolder | None, death: Death | None, out: Path) -> None:
     torch.set_num_threads(1)
-    tensors, stats = gradient(job, folder, _dying(death))
+    try:
+        tensors, stats = gradient(job, folder, _dying(death))
+    except sa.JobFolderError:
+        sys.exit(REFUSED)
     torch.save({"tensors": tensors, "stats": vars(stats)}, out)
 
 
@@ -111,12 +124,12 @@ def start(job: str, folder: sa.JobFolder | None, death: Death | None, out: Path)
 
 
 def run(job: str, folder: sa.JobFolder | None, death: Death | None, out: Path) -> Any:
-    """What a job gives, or None where it was killed."""
+    """What a job gives, or None where it was killed; ``REFUSED`` where it cannot use its folder."""
     process = start(job, folder, death, out)
     process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
+    assert process.exitcode in (0, -signal.SIGKILL, REFUSED)
     if process.exitcode:
-        return None
+        return REFUSED if process.exitcode == REFUSED else None
     return torch.load(out, weights_only=True)
 
 

@@ -336,3 +336,37 @@ def test_many_steps_are_thinned_and_reversed_in_little_time() -> None:
 def test_schedules_that_could_keep_nothing_are_refused(make: Callable[[], Schedule]) -> None:
     with pytest.raises(ArgumentError, match="needs"):
         make()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    found=st.sets(st.integers(1, 40)),
+    more=st.integers(0, 20),
+    left=st.floats(0, 1),
+    capacity=st.integers(1, 60),
+    schedule=st.sampled_from(["all", "every", "thinning", "spill"]),
+)
+def test_a_plan_that_begins_with_the_states_of_an_interrupted_solve_reverses_what_is_left(
+    found: set[int], more: int, left: float, capacity: int, schedule: str
+) -> None:
+    sizes = Sizes(1, 3)
+    plan = {
+        "all": All(What.STAGES),
+        "every": Every(3, 1),
+        "thinning": Thinning(capacity),
+        "spill": Spill(All(What.STAGES), capacity),
+    }[schedule].begin()
+    machine = Machine(sizes)
+    taken = max(found, default=0) + 1  # one step more than the state that was found last
+    for step in sorted({0, *found}):
+        machine.just = step
+        for action in plan.found(step, sizes):
+            machine.do(action)
+    for step in range(taken, taken + more):
+        machine.took(step, plan.took(step, sizes))
+    machine.peak = dict.fromkeys(machine.peak, 0)
+    backward(plan.reverse(round(left * (taken + more))), machine, round(left * (taken + more)))
+    if schedule == "thinning":
+        assert machine.peak["all"] <= capacity
+    if schedule == "spill":
+        assert machine.peak["fast"] <= capacity

@@ -278,6 +278,8 @@ class SolveLog:
 
     def gradient(self, g: Tensor) -> list[Tensor | None] | None:
         """The gradient that the folder holds for the outputs' cotangent ``g``, if it does."""
+        if torch._C._functorch.is_legacy_batchedtensor(g):
+            plain(self)
         self.journal.acquire()
         entry = _latest(self.journal, _kind(g), g.device)
         if entry is None or "gradient" not in entry.tensors:
