@@ -23,6 +23,7 @@ from symplectic_adjoint.gradients._identity import checksum, identity
 from symplectic_adjoint.gradients._ledger import Ledger
 from symplectic_adjoint.loop import OutputTimes, Run, Stats
 from symplectic_adjoint.steppers._base import Cotangent, Saved, SlopeCotangent
+from symplectic_adjoint.threads import limited
 
 if TYPE_CHECKING:
     from symplectic_adjoint.gradients._job import Job
@@ -81,7 +82,8 @@ def opened(job: Job, field: Field, ledger: Ledger | None) -> SolveLog | None:
     check(job)
     drawn = RandomState(field.device)
     t0 = job.setting.starting(job.problem.times[0])
-    slope = field.evaluate(Stage(t0, job.problem.y0.detach()))
+    with limited(job.threads):
+        slope = field.evaluate(Stage(t0, job.problem.y0.detach()))
     if job.random or not drawn.same(RandomState(field.device)):
         raise ArgumentError(_RANDOM)
     accumulate = getattr(job.strategy, "accumulate", "")
