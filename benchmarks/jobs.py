@@ -23,7 +23,7 @@ import symplectic_adjoint as sa
 ROUNDS = 5
 SOLVES = {
     # batch, width of the state, of the network, steps
-    "small network": (16, 8, 32, 4000),
+    "small network": (16, 8, 32, 1500),
     "64-256-64 network": (256, 64, 256, 150),
 }
 

@@ -35,7 +35,11 @@ def identity(job: Job, slope: Tensor, accumulate: str) -> dict[str, str]:
     problem, y0 = job.problem, job.problem.y0
     device = y0.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    named = zip(job.capture.names, job.capture.tensors, strict=True)
+    names = [name or "tensor of func" for name in job.capture.names]
+    named = [
+        (name if names.count(name) == 1 else f"{name} {i}", x)
+        for i, (name, x) in enumerate(zip(names, job.capture.tensors, strict=True))
+    ]
     return {
         "symplectic-adjoint": version("symplectic-adjoint"),
         "torch": torch.__version__,
@@ -50,7 +54,7 @@ def identity(job: Job, slope: Tensor, accumulate: str) -> dict[str, str]:
         "t": described(problem.times),
         "grid": described(() if job.grid is None else job.grid.tolist()),
         "jumps": described(job.jumps.tolist()),
-        **{name or f"tensor {i} of func": described(x) for i, (name, x) in enumerate(named)},
+        **{name: described(x) for name, x in named},
         "constants and buffers of func": described(job.capture.found),
         "func(t[0], y0)": described(slope),
     }

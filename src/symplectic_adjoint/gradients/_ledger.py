@@ -162,6 +162,7 @@ class Ledger(Sequence[Record]):
             MemoryBudgetError: Not even one state fits.
             StoreError: A store failed.
         """
+        sizes = sizes._replace(state=max(sizes.state, _bytes(state)))
         self.settle(self.plan, n, self.traces, sizes.state)
         for action in self.plan.found(n, sizes):
             self._store(action, state, state)
