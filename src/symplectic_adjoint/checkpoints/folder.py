@@ -337,8 +337,7 @@ def _sound(stream: IO[bytes]) -> bool:
         return False
     stream.seek(0)
     digest = hashlib.blake2b(digest_size=_DIGEST)
-    while left:
-        block = stream.read(min(left, _BLOCK))
+    while left and (block := stream.read(min(left, _BLOCK))):
         digest.update(block)
         left -= len(block)
     return stream.read() == digest.digest()
