@@ -56,7 +56,7 @@ class JobFolder:
         >>> import symplectic_adjoint as sa
         >>> y0 = torch.ones(2, requires_grad=True)
         >>> with tempfile.TemporaryDirectory() as path:
-        ...     folder = JobFolder(path)
+        ...     folder = sa.JobFolder(path)
         ...     gradient = sa.Symplectic(folder=folder)
         ...     sol = sa.solve(lambda t, y: -y, y0, [0.0, 1.0], gradient=gradient)
         ...     sol.y[-1].sum().backward()

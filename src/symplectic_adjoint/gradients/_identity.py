@@ -65,7 +65,7 @@ def described(x: Any) -> str:
 
     Example:
         >>> described((0.5, "rk4")), described(torch.zeros(2))
-        ("(0.5, 'rk4')", 'float32(2,) 4b23671e48a89ba2')
+        ("(0.5, 'rk4')", 'float32(2,) a0bc201966ef19bd')
     """
     if isinstance(x, Tensor):
         return _tensor(x)
