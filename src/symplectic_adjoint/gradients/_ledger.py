@@ -135,7 +135,7 @@ class Ledger(Sequence[Record]):
         if n == 0:
             self._empty()
             self._restart()
-        state, stages, sizes = self.offered(step)
+        state, stages, sizes = self._offered(step)
         if state.tokens:
             self.tokens[n] = stages.tokens
             self.traces += sum(map(_token_bytes, stages.tokens))
@@ -167,6 +167,10 @@ class Ledger(Sequence[Record]):
         for action in self.plan.found(n, sizes):
             self._store(action, state, state)
 
+    def sizes(self, step: Any) -> Sizes:
+        """How much room what can be kept of a step takes."""
+        return self._offered(step)[2]
+
     def cut(self, n: int, end: Saved) -> None:
         """Keep the state at the end of step ``n``, after which the next one begins anew."""
         self.ends[n] = end
@@ -176,7 +180,7 @@ class Ledger(Sequence[Record]):
         """No more than so many steps were accepted in the end."""
         self.steps = steps
 
-    def offered(self, step: Any) -> tuple[Saved, Saved, Sizes]:
+    def _offered(self, step: Any) -> tuple[Saved, Saved, Sizes]:
         """What can be kept of a step, and its sizes."""
         state = self.stepper.save(step, stages=False)
         if self.most == What.STATE:
@@ -282,7 +286,7 @@ class Ledger(Sequence[Record]):
                     end = yield step
                     del step
                 case Keep():
-                    self._store(action, *self.offered(taken)[:2])
+                    self._store(action, *self._offered(taken)[:2])
                     taken = None
                 case _:
                     self._store(action, NOTHING.saved, NOTHING.saved)

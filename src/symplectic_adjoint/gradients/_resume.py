@@ -166,7 +166,7 @@ class SolveLog:
             state = self.stepper.resume(self.setting.starting(self.t0), (self.y0,), None)
             t1 = self.setting.ending(float(_tensors(entry, "nodes")[0][0]))
             step = self.stepper.step(self.field, state, t1)
-            self.sizes = ledger.offered(step)[2]
+            self.sizes = ledger.sizes(step)
             tensors = [self.y0]
         else:
             tensors = _tensors(self.last, "state")
