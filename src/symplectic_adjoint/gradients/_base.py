@@ -216,17 +216,17 @@ class Strategy:
         name: Name in ``gradient="..."``.
         exact: Whether the gradient is that of the computed solution, up to rounding.
         method: The only method that the strategy works with, or None.
+        folder: Where solves are written down, so that they can go on in another process; or None.
         keeps_outputs: Whether the backward pass needs the solution at the output times.
         keeps: What the compiled loop keeps of a solve; None where it does not run the strategy.
-        folder: Where solves are written down, so that they can go on in another process; or None.
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool] = True
     method: ClassVar[str | None] = None
+    folder: JobFolder | None = None
     keeps_outputs: ClassVar[bool] = False
     keeps: Keeps | None = None
-    folder: JobFolder | None = None
 
     def check(self, stepper: Stepper) -> None:
         """Refuse a method that the strategy cannot reverse.
