@@ -44,7 +44,7 @@ LIVES = {
     "thinned": 35,
     "multistep": 50,
     "jumps": 40,
-    "implicit": 85,
+    "implicit": 75,
 }
 
 
