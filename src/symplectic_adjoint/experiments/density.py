@@ -15,10 +15,12 @@ from typing import Any
 from symplectic_adjoint import datasets
 from symplectic_adjoint._errors import UnknownNameError
 from symplectic_adjoint.datasets import BENCHMARKS, Dataset
-from symplectic_adjoint.experiments.config import CompareConfig, Model
+from symplectic_adjoint.experiments.config import CompareConfig
 from symplectic_adjoint.experiments.density_page import density_page
+from symplectic_adjoint.experiments.frozen import Frozen
 from symplectic_adjoint.experiments.measure import Probe, measure_cost
 from symplectic_adjoint.experiments.pages import Page
+from symplectic_adjoint.experiments.recipes import DIGITS, RECIPES, at_most
 from symplectic_adjoint.experiments.sweep import Cell, Outcome, Record, Work
 from symplectic_adjoint.experiments.train import (
     EXACT_TRACE_LIMIT,
@@ -30,46 +32,8 @@ from symplectic_adjoint.experiments.train import (
     to_device,
 )
 from symplectic_adjoint.models import bits_per_pixel
-from symplectic_adjoint.models.blocks import Activation
 
-DIGITS = "digits"
 _DIGITS_LEVELS = 17
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The flow that FFJORD fits to a data set.
-
-    Attributes:
-        components: Stacked components, the paper's M.
-        hidden: Widths, or channels, of the hidden layers of each.
-        activation: Between the layers.
-        batch_size: Rows in a batch.
-        model: "mlp", or "conv" for images.
-    """
-
-    components: int
-    hidden: tuple[int, ...]
-    activation: Activation
-    batch_size: int
-    model: Model = "mlp"
-
-    def blocks(self, limit: int | None) -> int:
-        """Blocks in a stack; a flow of images has a stack at each of its three scales."""
-        components = _at_most(self.components, limit)
-        return components if self.model == "mlp" else max(1, components // 3)
-
-
-RECIPES = {
-    "miniboone": Recipe(1, (860, 860), "softplus", 1000),
-    "gas": Recipe(5, (160, 160, 160), "tanh", 1000),
-    "power": Recipe(5, (60, 60, 60), "tanh", 10000),
-    "hepmass": Recipe(10, (210, 210), "softplus", 10000),
-    "bsds300": Recipe(2, (1260, 1260, 1260), "softplus", 10000),
-    "mnist": Recipe(6, (64, 64, 64), "softplus", 200, "conv"),
-    DIGITS: Recipe(6, (64, 64, 64), "softplus", 200, "conv"),
-}
-"""The data sets in the order of the paper's table, and the digits that are always there."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +42,7 @@ class Scale:
 
     Attributes:
         sets: Data sets that every strategy is trained on.
+        from_files: Those of them that are left out where there are no published files.
         rows: At most so many training, validation and test rows; None for all.
         components: At most so many components; None for the recipe's.
         width: At most so many units in a hidden layer, or a fourth as many channels; None for the
@@ -90,10 +55,14 @@ class Scale:
         sweep_set: Data set of the sweeps.
         strategies: Strategies compared on every data set.
         sweep_strategies: Strategies compared over methods and tolerances.
-        methods: Methods of the first sweep.
-        tolerances: Absolute tolerances of the second; the relative one is a hundred times that.
-        dtypes: Precisions of both.
-        tolerance: Absolute tolerance of everything but the second sweep.
+        methods: Methods that a flow is trained with.
+        tolerances: Absolute tolerances at which the gradient of the frozen problem is computed; the
+            relative one is a hundred times that.
+        trained_tolerances: Those of them that a flow is trained at.
+        trained_strategies: Strategies that it is trained under there.
+        frozen_iterations: Optimiser steps that make the frozen problem.
+        dtypes: Precisions of all sweeps.
+        tolerance: Absolute tolerance of everything but the sweeps over it.
         max_steps: Attempted steps after which a solve counts as failed.
         exact_trace: Up to so many columns test rows are scored with the exact trace.
         learning_rate: Of Adam.
@@ -108,6 +77,7 @@ class Scale:
     iterations: int
     sweep_iterations: int
     sweep_set: str
+    from_files: tuple[str, ...] = ()
     strategies: tuple[str, ...] = (
         "backprop",
         "checkpoint",
@@ -120,6 +90,9 @@ class Scale:
     sweep_strategies: tuple[str, ...] = ("backprop", "symplectic", "continuous")
     methods: tuple[str, ...] = ("adaptive_heun", "bosh3", "dopri5", "dopri8")
     tolerances: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+    trained_tolerances: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+    trained_strategies: tuple[str, ...] = ("backprop", "symplectic", "continuous")
+    frozen_iterations: int = 100
     dtypes: tuple[str, ...] = ("float32", "float64")
     tolerance: float = 1e-4
     max_steps: int = 1000
@@ -143,19 +116,23 @@ SCALES = {
         learning_rate=1e-3,
     ),
     "reduced": Scale(
-        sets=tuple(name for name in RECIPES if name != "mnist"),  # the digits are images enough
+        sets=tuple(RECIPES),
         rows=(2000, 50, 50),
-        components=3,
+        components=2,
         width=32,
         depth=2,
         batch_size=32,
-        iterations=10,
-        sweep_iterations=6,
+        iterations=8,
+        sweep_iterations=20,
         sweep_set="miniboone",
+        from_files=("mnist",),  # the digits are real images, generated strokes are not
         strategies=("backprop", "checkpoint", "aca", "symplectic", "continuous", "mali"),
+        sweep_strategies=("backprop", "symplectic", "continuous"),
+        trained_tolerances=(1e-2, 1e-5, 1e-8),
+        trained_strategies=("symplectic", "continuous"),
+        frozen_iterations=60,
         max_steps=300,
         exact_trace=8,
-        learning_rate=3e-3,
     ),
     "tiny": Scale(
         sets=("gas", DIGITS),
@@ -171,6 +148,9 @@ SCALES = {
         sweep_strategies=("symplectic", "continuous"),
         methods=("bosh3",),
         tolerances=(1e-2, 1e-8),
+        trained_tolerances=(1e-2, 1e-8),
+        trained_strategies=("symplectic", "continuous"),
+        frozen_iterations=5,
         tolerance=1e-2,
         max_steps=60,
         exact_trace=0,
@@ -208,6 +188,7 @@ class DensityStudy:
             for name in {*self.scale.sets, self.scale.sweep_set} & set(BENCHMARKS):
                 BENCHMARKS[name].locate(folder)
         self._data = functools.lru_cache(maxsize=1)(self._load)
+        self._problem = functools.lru_cache(maxsize=1)(self._freeze)
 
     def settings(self) -> dict[str, Any]:
         """See ``Study``."""
@@ -221,27 +202,32 @@ class DensityStudy:
     def cells(self) -> Sequence[Cell]:
         """See ``Study``."""
         scale = self.scale
+        left_out = scale.from_files if self.folder is None else ()
         cells = [
             self._cell("data", name, strategy, together=True)
             for name in scale.sets
+            if name not in left_out
             for strategy in scale.strategies
         ]
-        for dtype in scale.dtypes:
-            for strategy in scale.sweep_strategies:
-                cells += [
-                    self._cell("method", scale.sweep_set, strategy, dtype=dtype, method=method)
-                    for method in scale.methods
-                ]
-                cells += [
-                    self._cell("tolerance", scale.sweep_set, strategy, dtype=dtype, atol=tolerance)
-                    for tolerance in scale.tolerances
-                ]
+        for kind, axis, values, strategies in (
+            ("method", "method", scale.methods, scale.sweep_strategies),
+            ("frozen", "atol", scale.tolerances, scale.sweep_strategies),
+            ("tolerance", "atol", scale.trained_tolerances, scale.trained_strategies),
+        ):
+            cells += [
+                self._cell(kind, scale.sweep_set, strategy, dtype=dtype, **{axis: value})
+                for dtype in scale.dtypes
+                for strategy in strategies
+                for value in values
+            ]
         return cells
 
     def run(self, cell: Cell, work: Work) -> Outcome:
         """See ``Study``."""
         config = CompareConfig.from_dict(cell.settings["config"])
         strategy = cell.settings["strategy"]
+        if cell.settings["kind"] == "frozen":
+            return self._problem().measure(config, strategy)
         data = prepared(self._data(config.data), config)
         session = Session(config, strategy, data, work.world)
         work.train(session, every=config.checkpoint_every)
@@ -267,7 +253,7 @@ class DensityStudy:
 
     def page(self, records: Mapping[str, Record]) -> Page:
         """See ``Study``."""
-        return density_page(self.scale_name, self.folder is None, list(records.values()))
+        return density_page(self.settings(), list(records.values()))
 
     def _cell(
         self, kind: str, name: str, strategy: str, *, together: bool = False, **given: Any
@@ -277,7 +263,7 @@ class DensityStudy:
             given["rtol"] = 100 * given["atol"]
         config = replace(config, **given)
         steps = self.scale.iterations if kind == "data" else self.scale.sweep_iterations
-        config = replace(config, iterations=steps, evaluate_every=max(1, steps // 10))
+        config = replace(config, iterations=steps, evaluate_every=max(5, steps // 10))
         parts = [f"{given['atol']:.0e}" if "atol" in given else given.get("method", "")]
         parts = [kind, name, *parts, given.get("dtype", ""), strategy]
         settings = {"kind": kind, "strategy": strategy, "config": config.to_dict()}
@@ -296,16 +282,28 @@ class DensityStudy:
             max_steps=scale.max_steps,
             model=recipe.model,
             blocks=recipe.blocks(scale.components),
-            hidden=tuple(_at_most(units, width) for units in recipe.hidden[: scale.depth]),
+            hidden=tuple(at_most(units, width) for units in recipe.hidden[: scale.depth]),
             activation=recipe.activation,
             noise="gaussian",
-            batch_size=_at_most(recipe.batch_size, rows),
+            batch_size=at_most(recipe.batch_size, rows),
             learning_rate=scale.learning_rate,
             checkpoint_every=25,
             seed=self.seed,
             device=self.device,
             sweep=(),
         )
+
+    def _freeze(self) -> Frozen:
+        config = replace(
+            self._config(self.scale.sweep_set),
+            strategies=("symplectic",),
+            dtype="float64",
+            rtol=1e-3,
+            atol=1e-5,
+            iterations=self.scale.frozen_iterations,
+            evaluate_every=self.scale.frozen_iterations,
+        )
+        return Frozen(config, prepared(self._data(config.data), config))
 
     def _load(self, name: str) -> Dataset:
         rows = self.scale.rows
@@ -321,10 +319,6 @@ class DensityStudy:
         like = BENCHMARKS.get(config.data)
         levels = _DIGITS_LEVELS if like is None or like.levels is None else like.levels
         return bits_per_pixel(nll, data.dim, levels)
-
-
-def _at_most(value: int, limit: int | None) -> int:
-    return value if limit is None else min(value, limit)
 
 
 def _cut(data: Dataset, rows: tuple[int, int, int] | None) -> Dataset:

@@ -45,6 +45,11 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
+def line(value: Any) -> str:
+    """A value as one line of JSON; numbers that JSON lacks become null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
 def read_json(path: Path) -> Any:
     """Reads what ``write_json`` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))

@@ -118,14 +118,29 @@ def gradient_error(
     Returns:
         The error, and the counts of the measured solve.
     """
+    gradient, flow = gradient_of(model, batch, noise)
+    totals = counts(flow)
+    return distance(gradient, exact_gradient(model, batch, noise, flow)), totals
+
+
+def gradient_of(model: ContinuousFlow, batch: Tensor, noise: Tensor) -> tuple[Tensor, Flow]:
+    """The parameters' gradient of the mean negative log-likelihood in float64, and its solve."""
     flow = _differentiate(model, batch, noise)
-    gradient = _gradient_vector(model)
+    return _gradient_vector(model), flow
+
+
+def exact_gradient(model: ContinuousFlow, batch: Tensor, noise: Tensor, flow: Flow) -> Tensor:
+    """The gradient of a computed solution: float64 backprop through its accepted steps."""
     exact = copy.deepcopy(model).double()
     exact.solver = replace(exact.solver, gradient="backprop")
     _differentiate(exact, batch.double(), noise.double(), [s.steps for s in flow.solutions])
-    reference = _gradient_vector(exact)
-    distance = torch.linalg.vector_norm(gradient - reference)
-    return float(distance / torch.linalg.vector_norm(reference)), counts(flow)
+    return _gradient_vector(exact)
+
+
+def distance(gradient: Tensor, reference: Tensor) -> float:
+    """Relative L2 distance."""
+    norm = torch.linalg.vector_norm
+    return float(norm(gradient - reference) / norm(reference))
 
 
 def sweep_memory(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -71,6 +72,16 @@ class Section:
     tables: Sequence[Table] = ()
     figures: Mapping[str, tuple[Figure, str]] = field(default_factory=dict)
 
+    @property
+    def anchor(self) -> str:
+        """Where the heading is, in an address.
+
+        Example:
+            >>> Section("Prediction: kdv, long").anchor
+            'prediction-kdv-long'
+        """
+        return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", self.title).strip().lower())
+
 
 @dataclass(frozen=True)
 class Page:
@@ -82,6 +93,7 @@ class Page:
         sections: The sections.
         machine: Versions and machine.
         seconds: How long it took.
+        cpu_seconds: Time of the processor in that.
     """
 
     title: str
@@ -89,10 +101,11 @@ class Page:
     sections: Sequence[Section]
     machine: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
-    def on(self, machine: Mapping[str, Any], seconds: float) -> Page:
+    def on(self, machine: Mapping[str, Any], seconds: float, cpu_seconds: float) -> Page:
         """The page of a run that took so long on a machine."""
-        return replace(self, machine=machine, seconds=seconds)
+        return replace(self, machine=machine, seconds=seconds, cpu_seconds=cpu_seconds)
 
     def markdown(self) -> str:
         """The page in Markdown; figures are files beside it."""
@@ -101,8 +114,9 @@ class Page:
             parts += _section(section)
         parts += [
             "## Machine and versions",
-            f"All cells together took {duration(self.seconds)}.",
-            _bullets([f"{name}: {shown(value)}" for name, value in self.machine.items()]),
+            f"All cells together took {duration(self.seconds)}, of which the processor was at work "
+            f"for {duration(self.cpu_seconds)}.",
+            bullets([f"{name}: {shown(value)}" for name, value in self.machine.items()]),
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -157,11 +171,13 @@ def _section(section: Section) -> list[str]:
     if section.findings:
         parts.append("**Found here.** " + " ".join(section.findings))
     for table in section.tables:
-        parts += [f"**{table.title}**", table.markdown(), _bullets(table.notes)]
+        title = f"**{table.title}** ([JSON]({table.name}.json))"
+        parts += [title, table.markdown(), bullets(table.notes)]
     for name, (_, caption) in section.figures.items():
         parts += [f"![{caption}]({name}.png)", f"*{caption}* ([SVG]({name}.svg))"]
     return parts
 
 
-def _bullets(lines: Sequence[str]) -> str:
+def bullets(lines: Sequence[str]) -> str:
+    """Lines as a list of Markdown."""
     return "\n".join(f"- {line}" for line in lines)

@@ -8,6 +8,7 @@ rounding only, and in what they cost.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,14 +21,14 @@ from torch import Generator, Tensor, nn
 from symplectic_adjoint import gradients, steppers
 from symplectic_adjoint._errors import SolveError, UnknownNameError
 from symplectic_adjoint.api import default_controller, solve
-from symplectic_adjoint.controllers import FixedGrid
+from symplectic_adjoint.controllers import Adaptive, FixedGrid
 from symplectic_adjoint.datasets import physics
 from symplectic_adjoint.datasets.physics import FieldEquation, System, Trajectories
 from symplectic_adjoint.experiments.config import ConfigError
-from symplectic_adjoint.experiments.pages import Page, Section, Table
-from symplectic_adjoint.experiments.physics_plots import energies, space_time
+from symplectic_adjoint.experiments.pages import Page
+from symplectic_adjoint.experiments.parallel import ALONE, World
+from symplectic_adjoint.experiments.physics_page import physics_page
 from symplectic_adjoint.experiments.sweep import Cell, Outcome, Record, Work
-from symplectic_adjoint.experiments.table import size as bytes_in_words
 from symplectic_adjoint.experiments.train import TrainingError
 from symplectic_adjoint.memory import peak_memory
 from symplectic_adjoint.models import (
@@ -108,6 +109,7 @@ class PhysicsStudy:
             Cell(
                 f"{system}-{model}-{method}-{strategy}",
                 {"system": system, "model": model, "method": method, "strategy": strategy},
+                together=True,
             )
             for system in self.systems
             for model in self.models
@@ -129,8 +131,11 @@ class PhysicsStudy:
     def run(self, cell: Cell, work: Work) -> Outcome:
         """Trains one network under one strategy, and predicts with it."""
         torch.manual_seed(self.seed)
-        training = Training(self, **cell.settings)
+        training = Training(self, **cell.settings, world=work.world)
         work.train(training, every=20)
+        if not work.world.first:
+            return Outcome({})
+        training.world = ALONE
         seconds = training.seconds
         return Outcome(
             {**training.cost(), **training.scores()},
@@ -139,112 +144,12 @@ class PhysicsStudy:
 
     def page(self, records: Mapping[str, Record]) -> Page:
         """The paper's table, and the long predictions."""
-        sections = [self._costs(records)]
-        sections += [self._prediction(name, records) for name in self.systems]
-        return Page(
-            "Learning physical systems",
-            f"Each network was trained for {self.iterations} iterations on batches of {self.batch} "
-            f"pairs of snapshots, out of {self.trajectories} trajectories of {self.snapshots} "
-            f"snapshots; hidden layers are {self.width} wide. Long predictions cover "
-            f"{self.horizon} snapshots.",
-            sections,
-        )
+        return physics_page(self.settings(), records)
 
-    def _costs(self, records: Mapping[str, Record]) -> Section:
-        columns = (
-            "system",
-            "model",
-            "method",
-            "strategy",
-            "one-step error",
-            "peak memory",
-            "seconds per iteration",
-            "evaluations",
-            "steps",
-            "status",
-        )
-        rows = []
-        for record in records.values():
-            found, setting = record.result or {}, record.settings
-            memory = found.get("peak_memory")
-            rows.append(
-                (
-                    *(setting[k] for k in ("system", "model", "method", "strategy")),
-                    found.get("one_step_error"),
-                    None if memory is None else bytes_in_words(memory),
-                    record.timing.get("seconds_per_iteration"),
-                    found.get("evaluations"),
-                    found.get("steps"),
-                    record.status,
-                )
-            )
-        table = Table(
-            "physics-costs",
-            "One-step error, peak memory and time",
-            columns,
-            rows,
-            (
-                "One-step error: mean squared error of the next snapshot on trajectories that were "
-                "not trained on, relative to the mean square of the change from snapshot to "
-                "snapshot.",
-                "Peak memory: bytes of tensors alive at once in one forward and backward pass on "
-                "one batch. Evaluations: of the network, forward and backward pass together.",
-            ),
-        )
-        return Section(
-            "Cost of a gradient",
-            "On the Korteweg-de Vries and the Cahn-Hilliard equation the symplectic adjoint method "
-            "reaches the error of backpropagation, checkpointing and ACA with the least memory of "
-            "all exact methods, and is faster than the adjoint method.",
-            _compared(records),
-            [table],
-        )
-
-    def _prediction(self, name: str, records: Mapping[str, Record]) -> Section:
-        own = [r for r in records.values() if r.settings["system"] == name and r.result]
-        rows = [
-            (
-                *(r.settings[k] for k in ("model", "method", "strategy")),
-                *(r.result[k] for k in _SCORES if r.result is not None),
-            )
-            for r in own
-        ]
-        table = Table(
-            f"physics-{name}",
-            f"Long predictions of {name}",
-            ("model", "method", "strategy", *_SCORES.values()),
-            rows,
-            (
-                "Errors of the trajectory: root mean square, relative to that of the true states. "
-                "Energy and mass errors: the greatest distance from the reference's at the same "
-                "time, relative to the range of the energies of all test trajectories and to the "
-                "mean absolute mass.",
-                "Learned energy: correlation with the true one over all test states, beside a "
-                "constant and a multiple of the mass, which move nothing and cannot be learned.",
-            ),
-        )
-        shown = [r for r in own if r.settings["strategy"] == _shown(own)]
-        figures = {}
-        system = physics.get(name)
-        if shown:
-            kept = {f"{r.settings['model']}, {r.settings['method']}": r.result or {} for r in shown}
-            caption = f"{name}: energy along the reference and along predictions"
-            figures[f"{name}-energy"] = (energies(kept), caption)
-            if isinstance(system, FieldEquation):
-                caption = f"{name}: the reference, the prediction, and their difference"
-                figures[f"{name}-fields"] = (
-                    space_time(next(iter(kept.values())), system.length),
-                    caption,
-                )
-        return Section(f"Prediction: {name}", tables=[table], figures=figures)
-
-
-_SCORES = {
-    "trajectory_error": "trajectory error",
-    "energy_error": "energy error",
-    "mass_error": "mass error",
-    "learned_energy": "learned energy",
-}
+    @property
+    def shown(self) -> str:
+        """The strategy whose predictions are drawn: exact ones agree up to rounding."""
+        return "symplectic" if "symplectic" in self.strategies else self.strategies[0]
 
 
 class Training:
@@ -256,12 +161,26 @@ class Training:
         model: "energy" or "plain".
         method: Method of integration.
         strategy: Gradient strategy.
+        world: The processes that train together. Each takes its rows of every batch, and all take
+            the same steps, so that the results are those of one process up to rounding.
+
+    Raises:
+        ConfigError: A batch has fewer rows than there are processes.
     """
 
     def __init__(
-        self, study: PhysicsStudy, system: str, model: str, method: str, strategy: str
+        self,
+        study: PhysicsStudy,
+        system: str,
+        model: str,
+        method: str,
+        strategy: str,
+        world: World = ALONE,
     ) -> None:
+        if study.batch < world.size:
+            raise ConfigError(f"batch={study.batch} is too small for {world.size} processes")
         self.study = study
+        self.world = world
         self.system = physics.get(system)
         self.method = method
         self.strategy = strategy
@@ -289,19 +208,25 @@ class Training:
         """
         begin = time.perf_counter()
         loss, _ = self.loss()
-        if not bool(torch.isfinite(loss)):
+        if not math.isfinite(self.world.total(float(loss.detach()))):
             raise TrainingError(f"the loss is not finite at iteration {self.iteration + 1}")
         self.optimizer.zero_grad()
         loss.backward()
+        self.world.add_gradients(self.model)
         self.optimizer.step()
         self.iteration += 1
         self.seconds.append(time.perf_counter() - begin)
 
     def loss(self) -> tuple[Tensor, Solution]:
-        """Mean squared error of the next snapshot on the batch of this iteration."""
-        before, after = self._batch()
+        """Mean squared error of the next snapshot on the batch of this iteration.
+
+        Where several processes train, each has its part of the sum over the rows.
+        """
+        batch = self._batch()
+        before, after = (self.world.rows(x) for x in batch)
         solution = self.integrate(before, self.model, self.strategy)
-        return (solution.y[-1] - after).square().mean() / self.scale, solution
+        errors = (solution.y[-1] - after).square().sum() / batch[1].numel()
+        return errors / self.scale, solution
 
     def integrate(
         self, y0: Tensor, model: nn.Module, strategy: str, snapshots: int = 2
@@ -311,6 +236,8 @@ class Training:
         controller = default_controller(steppers.get(self.method))
         if isinstance(controller, FixedGrid):
             controller = FixedGrid(step_size=self.system.interval / self.study.substeps)
+        elif self.world.size > 1:
+            controller = Adaptive(norm=self.world.norm)
         tolerance = self.study.tolerance
         return solve(
             model,
@@ -387,7 +314,9 @@ class Training:
         return ("plain" if isinstance(self.model, Autonomous) else "energy",)
 
     def _kept(self, model: nn.Module, y: Tensor) -> dict[str, Any]:
-        """The first test trajectory, for the figures."""
+        """The first test trajectory, for the figures, with as many digits as they show."""
+        if self.strategy != self.study.shown:
+            return {}
         every = max(1, -(-len(y) // _KEPT))
         truth, y = self.test.y[::every, 0], y[::every, 0]
         learned = _energy(model, y)
@@ -396,10 +325,14 @@ class Training:
             "true_energy": self.system.energy(truth).tolist(),
             "predicted_energy": self.system.energy(y).tolist(),
             "learned": None if learned is None else learned.tolist(),
-            "fields": [truth.tolist(), y.tolist()]
+            "fields": [_rounded(truth), _rounded(y)]
             if isinstance(self.system, FieldEquation)
             else None,
         }
+
+
+def _rounded(fields: Tensor) -> list[list[float]]:
+    return [[float(f"{u:.5g}") for u in row] for row in fields.tolist()]
 
 
 @cache
@@ -507,30 +440,27 @@ def _span(energy: Tensor) -> Tensor:
     return span if float(span) > 1e-6 * float(energy.abs().max()) else energy.abs().max()
 
 
-def _shown(records: Sequence[Record]) -> str | None:
-    """The strategy whose predictions are drawn: exact ones agree up to rounding."""
-    names = [r.settings["strategy"] for r in records]
-    return "symplectic" if "symplectic" in names else names[0] if names else None
-
-
-def _compared(records: Mapping[str, Record]) -> list[str]:
-    """Each strategy against the symplectic one, in sentences."""
-    found = []
-    for record in records.values():
-        own = dict(record.settings)
-        base = next(
-            (r for r in records.values() if dict(r.settings) == own | {"strategy": "symplectic"}),
-            None,
-        )
-        if base is None or base is record or not record.result or not base.result:
-            continue
-        memory = record.result["peak_memory"] / base.result["peak_memory"]
-        text = (
-            f"{own['system']}, {own['model']}, {own['method']}: {own['strategy']} takes "
-            f"{memory:.2f} times the memory of symplectic"
-        )
-        pace, own_pace = (r.timing.get("seconds_per_iteration") for r in (base, record))
-        if pace and own_pace:
-            text += f" and {own_pace / pace:.2f} times its time"
-        found.append(text + ".")
-    return found
+SCALES = {
+    "paper": PhysicsStudy(
+        methods=("dopri8",),
+        iterations=10_000,
+        batch=200,
+        width=200,
+        trajectories=90,
+        snapshots=101,
+        horizon=101,
+        learning_rate=1e-3,
+    ),
+    "reduced": PhysicsStudy(),
+    "tiny": PhysicsStudy(
+        systems=("cahn-hilliard",),
+        strategies=("backprop", "symplectic", "continuous"),
+        iterations=2,
+        batch=4,
+        width=4,
+        trajectories=2,
+        snapshots=4,
+        horizon=5,
+    ),
+}
+"""Settings by name: a size like the paper's, minutes on two cores, and to see that all works."""

@@ -19,8 +19,10 @@ from symplectic_adjoint.experiments.compare import RunInterruptedError
 from symplectic_adjoint.experiments.config import ConfigError
 from symplectic_adjoint.experiments.files import (
     Folder,
+    line,
     read_json,
     read_state,
+    write_bytes,
     write_json,
     write_state,
 )
@@ -73,7 +75,8 @@ class Record:
         status: "ok", or how it failed: the status of the solve, or "non-finite loss".
         message: What the error said; None if it did not fail.
         result: See ``Outcome``; None if it failed.
-        timing: See ``Outcome``; with "total", the seconds that the cell took.
+        timing: See ``Outcome``; with the seconds that the cell took, "total" and,
+            of the processor, "cpu".
     """
 
     name: str
@@ -82,6 +85,43 @@ class Record:
     message: str | None
     result: Mapping[str, Any] | None
     timing: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of a study: all that its page is made of.
+
+    Attributes:
+        study: Name of the study.
+        settings: Its settings.
+        machine: Versions and machine.
+        records: The records by name of their cell.
+    """
+
+    study: str
+    settings: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    records: Mapping[str, Record]
+
+    def on(self, page: Page) -> Page:
+        """A page of this run, with what it took."""
+        timings = [record.timing for record in self.records.values()]
+        return page.on(self.machine, *(sum(t[k] for t in timings) for k in ("total", "cpu")))
+
+    def write(self, path: Path) -> None:
+        """Writes a file of JSON, one record a line."""
+        head = {"study": self.study, "settings": self.settings, "machine": self.machine}
+        lines = [f"{line(name)}: {line(value)}" for name, value in head.items()]
+        records = ",\n".join(line(asdict(record)) for record in self.records.values())
+        text = "{\n" + ",\n".join([*lines, f'"records": [\n{records}\n]']) + "\n}\n"
+        write_bytes(path, text.encode())
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        """Reads what ``write`` wrote."""
+        found = read_json(path)
+        records = [Record(**record) for record in found.pop("records")]
+        return cls(**found, records={record.name: record for record in records})
 
 
 class Study(Protocol):
@@ -260,17 +300,19 @@ class Sweep:
             return {}
         with self.folder.lock():
             self._run_cells(observer, should_stop)
-            records = {cell.name: self.record(cell) for cell in self.study.cells()}
+            run = self.finished()
             with style():  # of figures, as they are drawn and as they are written
-                write_page(self.page(records), self.report)
-        return records
+                write_page(run.on(self.study.page(run.records)), self.report)
+        return dict(run.records)
 
-    def page(self, records: Mapping[str, Record]) -> Page:
-        """The report of finished cells, with the machine that ran them."""
+    def finished(self) -> Run:
+        """The run, when every cell of it is there."""
         stored = read_json(self.folder.config)
-        return self.study.page(records).on(
+        return Run(
+            self.study.name,
+            stored["settings"],
             stored["environment"] | {"processes": stored["processes"]},
-            sum(record.timing["total"] for record in records.values()),
+            {cell.name: self.record(cell) for cell in self.study.cells()},
         )
 
     def record(self, cell: Cell) -> Record:
@@ -307,7 +349,7 @@ class Sweep:
         )
 
     def _run(self, cell: Cell, work: Work) -> None:
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         status, message, outcome = OK, None, Outcome({})
         try:
             outcome = self.study.run(cell, work)
@@ -318,9 +360,14 @@ class Sweep:
             message = str(error)
         if not self.world.first:
             return
-        timing = {**outcome.timing, "total": time.perf_counter() - begin}
+        took = {"total": time.perf_counter() - begin, "cpu": time.process_time() - cpu}
         record = Record(
-            cell.name, dict(cell.settings), status, message, dict(outcome.result) or None, timing
+            cell.name,
+            dict(cell.settings),
+            status,
+            message,
+            dict(outcome.result) or None,
+            {**outcome.timing, **took},
         )
         write_json(self._file(cell), asdict(record))
         self._checkpoint(cell).unlink(missing_ok=True)
