@@ -99,7 +99,7 @@ def _summary(runs: Sequence[Run], pages: Mapping[str, Page]) -> Table:
     rows = [
         (
             f"[{pages[run.study].title}]({run.study}/index.md)",
-            run.settings.get("scale"),
+            run.settings["scale"],
             len(run.records),
             _failed(run.records),
             duration(pages[run.study].seconds),

@@ -39,6 +39,7 @@ class Scale:
         width: Units of each of the two hidden layers.
         rows: Rows in the batch.
         repeats: Gradients that are timed, of which the median counts.
+        strategies: Strategies.
     """
 
     components: tuple[int, ...]
@@ -48,12 +49,22 @@ class Scale:
     width: int = 64
     rows: int = 64
     repeats: int = 3
+    strategies: tuple[str, ...] = STRATEGIES
 
 
 SCALES = {
     "paper": Scale((1, 2, 4, 8), (4, 16, 64, 256), width=860, rows=1000),
     "reduced": Scale((1, 2, 4, 8), (4, 16, 64)),
-    "tiny": Scale((1, 2), (2, 4), ("euler", "rk4"), few=2, width=8, rows=8, repeats=1),
+    "tiny": Scale(
+        (1, 2),
+        (2, 4),
+        ("euler", "rk4"),
+        few=2,
+        width=8,
+        rows=8,
+        repeats=1,
+        strategies=("backprop", "symplectic", "continuous"),
+    ),
 }
 
 
@@ -93,7 +104,7 @@ class CostsStudy:
         return [
             self._cell(strategy, *way)
             for way in ways
-            for strategy in STRATEGIES
+            for strategy in scale.strategies
             # mali has one method, with stages of its own
             if not (way[0] == "stages" and strategy == "mali")
         ]

@@ -24,7 +24,7 @@ _THEORY = {
     "checkpoint": "M states + N s L",
     "aca": "M N states + s L",
     "symplectic": "M N s states + L",
-    "symplectic-steps": "M N + s states + L",
+    "symplectic-steps": "(M N + s) states + L",
     "continuous": "M states + L",
     "mali": "M states + L",
 }

@@ -54,12 +54,12 @@ class Scale:
         sweep_iterations: Optimiser steps of each cell of the sweeps.
         sweep_set: Data set of the sweeps.
         strategies: Strategies compared on every data set.
-        sweep_strategies: Strategies compared over methods and tolerances.
+        sweep_strategies: Strategies compared over methods.
         methods: Methods that a flow is trained with.
         tolerances: Absolute tolerances at which the gradient of the frozen problem is computed; the
             relative one is a hundred times that.
         trained_tolerances: Those of them that a flow is trained at.
-        trained_strategies: Strategies that it is trained under there.
+        tolerance_strategies: Strategies of both.
         frozen_iterations: Optimiser steps that make the frozen problem.
         dtypes: Precisions of all sweeps.
         tolerance: Absolute tolerance of everything but the sweeps over it.
@@ -91,7 +91,7 @@ class Scale:
     methods: tuple[str, ...] = ("adaptive_heun", "bosh3", "dopri5", "dopri8")
     tolerances: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
     trained_tolerances: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
-    trained_strategies: tuple[str, ...] = ("backprop", "symplectic", "continuous")
+    tolerance_strategies: tuple[str, ...] = ("backprop", "symplectic", "continuous")
     frozen_iterations: int = 100
     dtypes: tuple[str, ...] = ("float32", "float64")
     tolerance: float = 1e-4
@@ -117,19 +117,18 @@ SCALES = {
     ),
     "reduced": Scale(
         sets=tuple(RECIPES),
-        rows=(2000, 50, 50),
+        rows=(2000, 32, 32),
         components=2,
         width=32,
         depth=2,
         batch_size=32,
-        iterations=8,
-        sweep_iterations=20,
+        iterations=6,
+        sweep_iterations=10,
         sweep_set="miniboone",
         from_files=("mnist",),  # the digits are real images, generated strokes are not
         strategies=("backprop", "checkpoint", "aca", "symplectic", "continuous", "mali"),
-        sweep_strategies=("backprop", "symplectic", "continuous"),
         trained_tolerances=(1e-2, 1e-5, 1e-8),
-        trained_strategies=("symplectic", "continuous"),
+        tolerance_strategies=("symplectic", "continuous"),
         frozen_iterations=60,
         max_steps=300,
         exact_trace=8,
@@ -149,7 +148,7 @@ SCALES = {
         methods=("bosh3",),
         tolerances=(1e-2, 1e-8),
         trained_tolerances=(1e-2, 1e-8),
-        trained_strategies=("symplectic", "continuous"),
+        tolerance_strategies=("symplectic", "continuous"),
         frozen_iterations=5,
         tolerance=1e-2,
         max_steps=60,
@@ -211,8 +210,8 @@ class DensityStudy:
         ]
         for kind, axis, values, strategies in (
             ("method", "method", scale.methods, scale.sweep_strategies),
-            ("frozen", "atol", scale.tolerances, scale.sweep_strategies),
-            ("tolerance", "atol", scale.trained_tolerances, scale.trained_strategies),
+            ("frozen", "atol", scale.tolerances, scale.tolerance_strategies),
+            ("tolerance", "atol", scale.trained_tolerances, scale.tolerance_strategies),
         ):
             cells += [
                 self._cell(kind, scale.sweep_set, strategy, dtype=dtype, **{axis: value})

@@ -432,8 +432,8 @@ def _tolerances(records: Sequence[Record]) -> Section:
     places = {r.name: _config(r, "atol") for r in records}
     return Section(
         "Training at every tolerance",
-        "Trained with exact gradients a model reaches the same score at loose tolerances as at "
-        "tight ones; the adjoint method is less robust.",
+        "The adjoint method needs a tight tolerance for a gradient good enough to train with; the "
+        "symplectic adjoint method is exact at every tolerance and more robust to rounding errors.",
         [*_exactness(found), *_scores(found), *_failures(records)],
         [
             Table(
@@ -485,12 +485,12 @@ def _exactness(found: Sequence[Record]) -> list[str]:
 def _failures(records: Sequence[Record]) -> list[str]:
     failed = [r for r in records if r.status != OK]
     if not failed:
-        return [f"None of the {len(records)} trainings failed."]
+        return [f"None of {len(records)} failed."]
     told = "; ".join(
         f"{_name(r)} in {_config(r, 'dtype')} at {_config(r, 'atol'):.0e} ({r.status})"
         for r in failed
     )
-    return [f"{len(failed)} of {len(records)} trainings failed: {told}."]
+    return [f"{len(failed)} of {len(records)} failed: {told}."]
 
 
 def _method_axis(records: Sequence[Record]) -> dict[str, float]:

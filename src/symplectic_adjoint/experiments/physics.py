@@ -66,6 +66,7 @@ class PhysicsStudy:
         tolerance: Relative and absolute tolerance of methods that choose their steps.
         substeps: Steps from snapshot to snapshot of methods that do not.
         seed: Seed of everything that is drawn.
+        scale: What these settings are called.
     """
 
     systems: tuple[str, ...] = ("kdv", "cahn-hilliard")
@@ -82,6 +83,7 @@ class PhysicsStudy:
     tolerance: float = 1e-5
     substeps: int = 4
     seed: int = 0
+    scale: str = "own"
     name: str = field(default="physics", init=False)
 
     def __post_init__(self) -> None:
@@ -442,6 +444,7 @@ def _span(energy: Tensor) -> Tensor:
 
 SCALES = {
     "paper": PhysicsStudy(
+        scale="paper",
         methods=("dopri8",),
         iterations=10_000,
         batch=200,
@@ -451,8 +454,9 @@ SCALES = {
         horizon=101,
         learning_rate=1e-3,
     ),
-    "reduced": PhysicsStudy(),
+    "reduced": PhysicsStudy(scale="reduced"),
     "tiny": PhysicsStudy(
+        scale="tiny",
         systems=("cahn-hilliard",),
         strategies=("backprop", "symplectic", "continuous"),
         iterations=2,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 from rich.console import Console
@@ -49,7 +49,9 @@ Scale: TypeAlias = Annotated[
 ]
 Seed: TypeAlias = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Device: TypeAlias = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-_PHYSICS = tuple(field.name for field in fields(PhysicsStudy) if field.init)
+_PHYSICS = tuple(
+    field.name for field in fields(PhysicsStudy) if field.name not in ("name", "scale")
+)
 
 
 @group.callback()
@@ -129,11 +131,13 @@ def physics(
     Systems: mass-spring, pendulum, double-pendulum, two-body, henon-heiles, kdv, cahn-hilliard.
     Options that are not given are those of the scale.
     """
-    given = {
+    given: dict[str, Any] = {
         name: tuple(value.split(",")) if isinstance(value, str) else value
         for name, value in context.params.items()
         if name in _PHYSICS and value is not None
     }
+    if given.keys() - {"seed"}:
+        given["scale"] = f"{scale}, changed"
     run_study(
         lambda: replace(physics_study(scale), **given), out, resume=resume, overwrite=overwrite
     )
