@@ -91,6 +91,7 @@ def indent(text: str) -> str:
 GENERATORS: dict[str, Callable[[], str]] = {
     "compare_help": partial(command_help, "compare"),
     "methods": methods,
-    "reproduce_density_help": partial(command_help, "reproduce", "density"),
+    "reproduce_all_help": partial(command_help, "reproduce", "all"),
+    "reproduce_physics_help": partial(command_help, "reproduce", "physics"),
     "strategies": strategies,
 }

@@ -26,6 +26,7 @@ from symplectic_adjoint.datasets import Dataset
 from symplectic_adjoint.experiments.config import CompareConfig, ConfigError
 from symplectic_adjoint.experiments.pages import Page
 from symplectic_adjoint.experiments.parallel import ALONE, World
+from symplectic_adjoint.experiments.physics import PhysicsStudy, Training
 from symplectic_adjoint.experiments.sweep import Cell, Outcome, Record, Sweep, Work
 from symplectic_adjoint.experiments.train import Session
 from tests import problems
@@ -235,6 +236,37 @@ def trained(strategy: str, data: Dataset) -> Figures:
     return {"error": max(*parameters, *scores), "steps": steps, "moved": moved}
 
 
+def learned(strategy: str) -> Figures:
+    """An energy learned by both ranks, and by one alone, in float64."""
+    study = PhysicsStudy(
+        iterations=3,
+        batch=5,
+        width=6,
+        trajectories=2,
+        snapshots=4,
+        learning_rate=0.05,
+        tolerance=1e-8,
+    )
+    world = World(dist.get_rank(), dist.get_world_size())
+    together, alone = (
+        Training(study, "cahn-hilliard", "energy", "dopri5", strategy, w) for w in (world, ALONE)
+    )
+    before = alone.scores()["one_step_error"]
+    for training in (together, alone):
+        training.model.double()
+        training.train = training.train.double()
+        while not training.finished:
+            training.step()
+    pairs = zip(together.model.parameters(), alone.model.parameters(), strict=True)
+    errors = [((ours - theirs).norm() / theirs.norm()).item() for ours, theirs in pairs]
+    grids = [training.loss()[1].steps.tolist() for training in (together, alone)]
+    return {
+        "error": max(errors),
+        "steps": [len(grid) for grid in grids],
+        "moved": abs(alone.scores()["one_step_error"] / before - 1),
+    }
+
+
 class Shared:
     """A study of one cell for all processes and one for the first of them."""
 
@@ -295,6 +327,8 @@ def cases() -> dict[str, Callable[[], Figures]]:
     data = datasets.stand_in("gas", rows=(60, 10, 11))
     for strategy in ("backprop", "symplectic", "continuous", "mali"):
         add(f"trained {strategy}", trained, strategy, data)
+    for strategy in ("symplectic", "continuous"):
+        add(f"learned {strategy}", learned, strategy)
     add("studied", studied)
     return found
 

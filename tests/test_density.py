@@ -1,4 +1,4 @@
-"""The study of density estimation, in its tiny form."""
+"""The study of density estimation in its tiny form, and all studies together."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from symplectic_adjoint.experiments.density import RECIPES, SCALES, DensityStudy
 from symplectic_adjoint.experiments.files import read_json
 from symplectic_adjoint.experiments.sweep import Record
 
-TINY = ("reproduce", "density", "--scale", "tiny")
+TINY = ("reproduce", "all", "--scale", "tiny")
 
 
 @pytest.fixture(autouse=True)
@@ -53,12 +53,17 @@ def results(path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "straight"
     code, stdout, _ = run(*TINY, "--out", out)
     assert code == 0
     assert f"Report: {out / 'report' / 'index.md'}" in stdout
     return out
+
+
+@pytest.fixture(scope="module")
+def straight(everything: Path) -> Path:
+    return everything / "density"
 
 
 def test_exact_strategies_are_exact_in_every_cell_and_the_continuous_adjoint_in_none(
@@ -69,6 +74,8 @@ def test_exact_strategies_are_exact_in_every_cell_and_the_continuous_adjoint_in_
     for name, record in found.items():
         assert record.status == "ok", (name, record.message)
         assert record.result is not None
+        if record.settings["kind"] == "frozen":
+            continue
         error = record.result["gradient_error_float64"]
         if record.settings["strategy"] == "continuous":
             assert error > 1e-10, name
@@ -87,17 +94,19 @@ def test_exact_strategies_learn_the_same(straight: Path) -> None:
 
 def test_the_report_names_stand_ins_and_shows_every_cell(straight: Path) -> None:
     page = (straight / "report" / "index.md").read_text()
-    assert "| gas (stand-in) | 1 | symplectic | yes |" in page
-    assert "| digits | 3 | backprop | yes |" in page
+    assert "| gas (stand-in) | vectors | 1 | symplectic | yes |" in page
+    assert "| digits | multi-scale conv | 3 | backprop | yes |" in page
+    assert "| gas (stand-in) | vectors | 60 | 1 | 5 | 8 | 160-160-160 | 8 | 1000 | 2 |" in page
     for name, rows in (
         ("density_strategies", 6),
         ("density_methods", 4),
+        ("density_frozen", 8),
         ("density_tolerances", 8),
     ):
         table = json.loads((straight / "report" / f"{name}.json").read_text())
         assert len(table["rows"]) == rows
         assert {row["outcome"] for row in table["rows"]} == {"ok"}
-    for name in ("density_costs", "density_methods", "density_tolerances"):
+    for name in ("density_costs", "density_methods", "density_frozen", "density_tolerances"):
         assert (straight / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (straight / "report" / f"{name}.svg").read_bytes()
 
@@ -107,12 +116,32 @@ def test_a_failed_training_is_reported_as_one(straight: Path) -> None:
     name = "tolerance-gas-1e-08-float32-continuous"
     failed = replace(found[name], status="step underflow", message="too small", result=None)
     page = DensityStudy("tiny").page({**found, name: failed}).markdown()
-    assert "1 of 8 trainings failed: continuous in float32 at 1e-08 (step underflow)" in page
+    assert "1 of 8 failed: continuous in float32 at 1e-08 (step underflow)" in page
     assert "| failed: step underflow |" in page
 
 
-def test_a_killed_study_continues_bit_for_bit_and_loses_no_cell(
-    straight: Path, tmp_path: Path
+def test_the_frozen_problem_is_one_and_its_reference_is_the_gradient_of_the_ode(
+    straight: Path,
+) -> None:
+    found = {n: r.result for n, r in records(straight).items() if r.settings["kind"] == "frozen"}
+    assert len({result["nll"] for result in found.values() if result}) == 1
+    for name, result in found.items():
+        assert result is not None
+        assert result["uncertainty"] < 1e-9
+        exact = "symplectic" in name
+        double = "float64" in name
+        assert (result["gradient_error"] < 1e-12) == (exact and double), name
+        assert result["gradient_error"] < 1e-6 or not exact, name
+    # What is left at a tight tolerance is the error of the solution, or of single precision.
+    errors = {
+        tolerance: found[f"frozen-gas-{tolerance}-float64-symplectic"]["ode_error"]  # type: ignore[index]
+        for tolerance in ("1e-02", "1e-08")
+    }
+    assert errors["1e-08"] < 0.1 * errors["1e-02"]
+
+
+def test_a_killed_run_of_all_studies_continues_bit_for_bit_and_loses_no_cell(
+    everything: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     process = subprocess.Popen(
@@ -121,20 +150,68 @@ def test_a_killed_study_continues_bit_for_bit_and_loses_no_cell(
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
-    third = out / "cells" / "data-gas-continuous.json"
-    deadline = time.monotonic() + 120
+    third = out / "density" / "cells" / "data-gas-continuous.json"
+    deadline = time.monotonic() + 240
     while not third.exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
     process.wait()
-    written = third.read_bytes()
-    assert not (out / "report").exists()
-    code, _, stderr = run(*TINY, "--out", out, "--resume")
+    before = {path: path.read_bytes() for path in out.glob("*/cells/*.json")}
+    assert {path.parts[-3] for path in before} == {"costs", "density"}
+    assert not (out / "density" / "report").exists()
+    code, stdout, stderr = run(*TINY, "--out", out, "--pages", tmp_path / "pages", "--resume")
     assert code == 0, stderr
-    assert third.read_bytes() == written
-    assert results(out) == results(straight)
+    assert f"Report: {tmp_path / 'pages' / 'index.md'}" in stdout
+    assert {path: path.read_bytes() for path in before} == before
+    for study in ("costs", "density", "physics"):
+        assert results(out / study) == results(everything / study)
+
+
+def test_the_book_states_claims_stand_ins_machine_and_time(everything: Path) -> None:
+    text = (everything / "report" / "index.md").read_text()
+    for study, cells in (("costs", 18), ("density", 26), ("physics", 3)):
+        assert f"({study}/index.md) | tiny | {cells} | 0 |" in text
+    assert text.count("**The paper's claim.**") == 8
+    for claim in text.split("**The paper's claim.**")[1:]:
+        assert "\n- " in claim, f"nothing was found on: {claim}"
+    assert "sets named *stand-in* are generated" in text
+    assert f"- torch: {torch.__version__}" in text
+
+
+def test_costs_grow_as_the_table_of_strategies_says(everything: Path) -> None:
+    found = {name: r.result for name, r in records(everything / "costs").items()}
+    for result in found.values():
+        assert result is not None
+
+    def growth(axis: str, low: int, high: int, name: str) -> float:
+        one, two = (found[f"{axis}-{value}-{name}"] for value in (low, high))
+        assert one is not None
+        assert two is not None
+        ratio: float = two["peak_memory"] / one["peak_memory"]
+        return ratio
+
+    for axis, low, high in (("components", 1, 2), ("steps", 2, 4), ("stages", 1, 4)):
+        assert growth(axis, low, high, "symplectic") < growth(axis, low, high, "backprop")
+    assert growth("steps", 2, 4, "continuous") == pytest.approx(1.0, abs=0.05)
+    table = json.loads((everything / "costs" / "report" / "costs_strategies.json").read_text())
+    by_name = {row["strategy"]: row for row in table["rows"]}
+    assert by_name["backprop"]["evaluations per use"] == 1
+    assert by_name["symplectic"]["evaluations per use"] == 2
+    assert by_name["symplectic"]["error in float64"] < 1e-12
+    assert by_name["continuous"]["error in float64"] > 1e-6
+    wanted = growth("steps", 2, 4, "backprop")
+    assert by_name["backprop"]["with N"] == pytest.approx(wanted)
+
+
+def test_mnist_is_run_from_its_files_and_stands_for_nothing_without() -> None:
+    study = DensityStudy("reduced")
+    assert not [cell for cell in study.cells() if "mnist" in cell.name]
+    assert "data-digits-symplectic" in {cell.name for cell in study.cells()}
+    study.folder = Path("of", "files")
+    images = {cell.name: cell.settings["config"]["model"] for cell in study.cells()}
+    assert images["data-mnist-symplectic"] == images["data-digits-symplectic"] == "conv"
 
 
 def test_the_models_are_those_of_ffjord_and_the_paper() -> None:
@@ -163,10 +240,11 @@ def test_the_models_are_those_of_ffjord_and_the_paper() -> None:
         for method in ("adaptive_heun", "bosh3", "dopri5", "dopri8"):
             assert cells[f"method-miniboone-{method}-{dtype}-symplectic"]["method"] == method
         for exponent in range(2, 9):
-            config = cells[f"tolerance-miniboone-1e-0{exponent}-{dtype}-continuous"]
-            assert config["atol"] == 10**-exponent
-            assert config["rtol"] == pytest.approx(100 * config["atol"])
-            assert config["dtype"] == dtype
+            for kind in ("frozen", "tolerance"):
+                config = cells[f"{kind}-miniboone-1e-0{exponent}-{dtype}-continuous"]
+                assert config["atol"] == 10**-exponent
+                assert config["rtol"] == pytest.approx(100 * config["atol"])
+                assert config["dtype"] == dtype
 
 
 def test_files_of_the_user_are_used_and_not_called_stand_ins(

@@ -95,6 +95,14 @@ def test_two_processes_train_the_flow_that_one_trains(figures: dict[str, Any]) -
 
 
 @pytest.mark.xdist_group("torchrun")
+def test_two_processes_learn_the_energy_that_one_learns(figures: dict[str, Any]) -> None:
+    for name, found in of(figures, "learned").items():
+        assert found["error"] <= BOUND, name
+        assert found["steps"][0] == found["steps"][1], name
+        assert found["moved"] > 0.05, f"{name}: nothing was learned"
+
+
+@pytest.mark.xdist_group("torchrun")
 def test_a_study_is_shared_by_the_processes_and_resumed_by_as_many(
     figures: dict[str, Any],
 ) -> None:

@@ -281,8 +281,8 @@ def _methods(records: Sequence[Record]) -> Section:
             "density_methods": (
                 _sweep_figure(records, _method_axis(records), "method"),
                 "Error of the gradient against float64 backpropagation through the same steps, "
-                "score of the test rows after training, and peak memory of one gradient; circles "
-                "filled for float64, open for float32.",
+                "score of the test rows after training, and peak memory of one gradient; markers "
+                "are filled for float64, open for float32.",
             )
         },
     )
@@ -349,8 +349,8 @@ def _frozen(records: Sequence[Record]) -> Section:
                 "One frozen problem at every tolerance. Left: distance from the exact gradient of "
                 "the computed solution, which is where an optimiser sees noise (what agrees to the "
                 "last bit is drawn at 1e-17). Middle: distance from the gradient of the "
-                "differential equation, discretisation and all. Right: what it costs. Circles "
-                "filled for float64, open for float32.",
+                "differential equation, discretisation and all. Right: what it costs. Markers "
+                "are filled for float64, open for float32.",
             )
         },
     )
@@ -420,7 +420,6 @@ def _frozen_figure(records: Sequence[Record]) -> Figure:
         axes.set(title=title, xlabel="absolute tolerance", xscale="log", yscale="log")
         axes.invert_xaxis()
     panels[0].set_ylabel("relative L2 error of the gradient")
-    panels[1].sharey(panels[0])
     styled(panels[2].yaxis)
     _legend(figure, panels[0])
     return figure

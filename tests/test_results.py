@@ -1,0 +1,74 @@
+"""The results in the documentation: those of the studies as they are, and written from records."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from symplectic_adjoint.experiments.book import NoResultsError, read_book, write_book
+from symplectic_adjoint.experiments.config import strategy
+from symplectic_adjoint.experiments.costs import CostsStudy
+from symplectic_adjoint.experiments.density import DensityStudy
+from symplectic_adjoint.experiments.physics import SCALES
+from symplectic_adjoint.experiments.sweep import Study
+from tests import markdown
+
+RESULTS = markdown.ROOT / "docs" / "results"
+IMAGE = re.compile(r'xlink:href="data:image/png;base64,[^"]*"')
+"""A picture in a drawing, whose bytes depend on who compressed them."""
+
+
+def files(folder: Path) -> dict[str, Path]:
+    return {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+
+
+def test_pages_tables_and_figures_are_those_that_the_records_give(tmp_path: Path) -> None:
+    write_book(read_book(RESULTS), tmp_path)
+    written, committed = files(tmp_path), files(RESULTS)
+    assert written.keys() == committed.keys()
+    for name, path in committed.items():
+        if path.suffix == ".svg":
+            new, old = (IMAGE.sub("", p.read_text()) for p in (written[name], path))
+            assert new == old, name
+        elif path.suffix != ".png":
+            assert written[name].read_bytes() == path.read_bytes(), name
+
+
+@pytest.mark.parametrize("study", [CostsStudy(), DensityStudy(), SCALES["reduced"]])
+def test_results_are_of_the_studies_as_they_are(study: Study) -> None:
+    run = next(run for run in read_book(RESULTS) if run.study == study.name)
+    assert run.settings == study.settings()
+    cells = {cell.name: cell.settings for cell in study.cells()}
+    assert {name: dict(record.settings) for name, record in run.records.items()} == cells
+
+
+def test_every_exact_gradient_in_the_results_is_exact() -> None:
+    checked = 0
+    for run in read_book(RESULTS):
+        for name, record in run.records.items():
+            if "gradient_error_float64" in (record.result or {}):
+                assert record.result is not None
+                if strategy(record.settings["strategy"]).exact:
+                    assert record.result["gradient_error_float64"] <= 1e-12, name
+                    checked += 1
+    assert checked > 50
+
+
+def test_stand_ins_are_named_in_every_table_that_holds_them() -> None:
+    run = next(run for run in read_book(RESULTS) if run.study == "density")
+    assert run.settings["data"] is None
+    sets = {r.result["data"] for r in run.records.values() if r.result is not None}
+    assert sets == {
+        *(f"{name} (stand-in)" for name in ("miniboone", "gas", "power", "hepmass", "bsds300")),
+        "digits",
+    }
+    page = (RESULTS / "density" / "index.md").read_text()
+    for name in ("miniboone", "gas", "power", "hepmass", "bsds300"):
+        assert not re.search(rf"\b{name}\b(?! \(stand-in\))", page), name
+
+
+def test_where_there_are_no_results_it_is_said_what_makes_them(tmp_path: Path) -> None:
+    with pytest.raises(NoResultsError, match="reproduce all --pages"):
+        read_book(tmp_path)
