@@ -8,8 +8,6 @@ error. Nothing is trained.
 from __future__ import annotations
 
 import functools
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +17,7 @@ from symplectic_adjoint._errors import UnknownNameError
 from symplectic_adjoint.datasets import Dataset
 from symplectic_adjoint.experiments.config import STRATEGIES, CompareConfig
 from symplectic_adjoint.experiments.costs_page import costs_page
-from symplectic_adjoint.experiments.measure import Probe, gradient_of, measure_cost
+from symplectic_adjoint.experiments.measure import Probe, gradient_of, measure_cost, seconds_of
 from symplectic_adjoint.experiments.pages import Page
 from symplectic_adjoint.experiments.sweep import Cell, Outcome, Record, Work
 from symplectic_adjoint.experiments.train import batch_of, build_model, noise_of, to_device
@@ -54,7 +52,7 @@ class Scale:
 
 SCALES = {
     "paper": Scale((1, 2, 4, 8), (4, 16, 64, 256), width=860, rows=1000),
-    "reduced": Scale((1, 2, 4, 8), (4, 16, 64)),
+    "reduced": Scale((1, 2, 4), (2, 8, 32)),
     "tiny": Scale(
         (1, 2),
         (2, 4),
@@ -117,16 +115,12 @@ class CostsStudy:
         batch = batch_of(to_device(self._data().train, config), config, 0)
         noise = noise_of(model, batch, config, 0)
         cost = measure_cost(model, Probe(model.state_dict(), batch, noise))
-        seconds = []
-        for _ in range(self.scale.repeats):
-            begin = time.perf_counter()
-            gradient_of(model, batch, noise)
-            seconds.append(time.perf_counter() - begin)
-        state = batch[0].numel() * batch.element_size() * len(batch)
-        parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+        seconds = seconds_of(
+            lambda: gradient_of(model, batch, noise), self.device, self.scale.repeats
+        )
         return Outcome(
-            {**cost.to_dict(), "state": state, "parameters": parameters},
-            {"gradient": statistics.median(seconds)},
+            cost.to_dict(),
+            {"gradient": seconds},
         )
 
     def page(self, records: Mapping[str, Record]) -> Page:

@@ -95,7 +95,8 @@ def _table(records: Sequence[Record]) -> Section:
             "added, and an autograd graph that leads from component to component.",
             f"Memory grows: peak memory at the largest over that at the smallest, {spans}.",
             "Per use, and time: at the largest number of steps; a use is one stage of one step of "
-            "one component. mali takes steps of one evaluation each.",
+            "one component. Time: median of a few gradients, of the processor where it computes, "
+            "which other work on the machine touches least. mali takes steps of one evaluation.",
             "Errors: the largest over all cells, against float64 backpropagation through the same "
             "steps.",
         ),

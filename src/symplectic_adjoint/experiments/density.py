@@ -18,7 +18,7 @@ from symplectic_adjoint.datasets import BENCHMARKS, Dataset
 from symplectic_adjoint.experiments.config import CompareConfig
 from symplectic_adjoint.experiments.density_page import density_page
 from symplectic_adjoint.experiments.frozen import Frozen
-from symplectic_adjoint.experiments.measure import Probe, measure_cost
+from symplectic_adjoint.experiments.measure import Probe, gradient_of, measure_cost, seconds_of
 from symplectic_adjoint.experiments.pages import Page
 from symplectic_adjoint.experiments.recipes import DIGITS, RECIPES, at_most
 from symplectic_adjoint.experiments.sweep import Cell, Outcome, Record, Work
@@ -123,7 +123,7 @@ SCALES = {
         depth=2,
         batch_size=32,
         iterations=6,
-        sweep_iterations=10,
+        sweep_iterations=16,
         sweep_set="miniboone",
         from_files=("mnist",),  # the digits are real images, generated strokes are not
         strategies=("backprop", "checkpoint", "aca", "symplectic", "continuous", "mali"),
@@ -132,6 +132,7 @@ SCALES = {
         frozen_iterations=60,
         max_steps=300,
         exact_trace=8,
+        learning_rate=3e-2,
     ),
     "tiny": Scale(
         sets=("gas", DIGITS),
@@ -236,7 +237,8 @@ class DensityStudy:
         batch = batch_of(to_device(data.train, config), config, 0)
         noise = noise_of(session.model, batch, config, 0)
         probe = Probe(session.model.state_dict(), batch, noise)
-        cost = measure_cost(build_model(config, strategy, data), probe)
+        model = build_model(config, strategy, data)
+        cost = measure_cost(model, probe)
         result = {
             "data": data.name,
             "rows": [len(part) for part in (data.train, data.validation, data.test)],
@@ -248,7 +250,11 @@ class DensityStudy:
             "nll": session.history.nll,
             **cost.to_dict(),
         }
-        return Outcome(result, {"iteration": session.history.seconds_per_iteration()})
+        timing = {
+            "iteration": session.history.seconds_per_iteration(),
+            "gradient": seconds_of(lambda: gradient_of(model, batch, noise), self.device),
+        }
+        return Outcome(result, timing)
 
     def page(self, records: Mapping[str, Record]) -> Page:
         """See ``Study``."""
@@ -299,6 +305,7 @@ class DensityStudy:
             dtype="float64",
             rtol=1e-3,
             atol=1e-5,
+            learning_rate=1e-2,
             iterations=self.scale.frozen_iterations,
             evaluate_every=self.scale.frozen_iterations,
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -135,6 +137,24 @@ def exact_gradient(model: ContinuousFlow, batch: Tensor, noise: Tensor, flow: Fl
     exact.solver = replace(exact.solver, gradient="backprop")
     _differentiate(exact, batch.double(), noise.double(), [s.steps for s in flow.solutions])
     return _gradient_vector(exact)
+
+
+def seconds_of(run: Callable[[], object], device: torch.device | str, repeats: int = 3) -> float:
+    """Median time of a call: of the processor where it computes, which other work touches least."""
+    if torch.device(device).type == "cpu":
+        return statistics.median(_timed(run, time.process_time) for _ in range(repeats))
+
+    def waited() -> None:
+        run()
+        torch.cuda.synchronize(device)
+
+    return statistics.median(_timed(waited, time.perf_counter) for _ in range(repeats))
+
+
+def _timed(run: Callable[[], object], clock: Callable[[], float]) -> float:
+    begin = clock()
+    run()
+    return clock() - begin
 
 
 def distance(gradient: Tensor, reference: Tensor) -> float:

@@ -9,6 +9,7 @@ rounding only, and in what they cost.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,7 @@ from symplectic_adjoint.controllers import Adaptive, FixedGrid
 from symplectic_adjoint.datasets import physics
 from symplectic_adjoint.datasets.physics import FieldEquation, System, Trajectories
 from symplectic_adjoint.experiments.config import ConfigError
+from symplectic_adjoint.experiments.measure import seconds_of
 from symplectic_adjoint.experiments.pages import Page
 from symplectic_adjoint.experiments.parallel import ALONE, World
 from symplectic_adjoint.experiments.physics_page import physics_page
@@ -141,7 +143,10 @@ class PhysicsStudy:
         seconds = training.seconds
         return Outcome(
             {**training.cost(), **training.scores()},
-            {"seconds_per_iteration": sum(seconds) / len(seconds)} if seconds else {},
+            {
+                "seconds_per_iteration": statistics.median(seconds),
+                "gradient": seconds_of(lambda: training.loss()[0].backward(), "cpu"),
+            },
         )
 
     def page(self, records: Mapping[str, Record]) -> Page:
