@@ -209,16 +209,18 @@ class DensityStudy:
             if name not in left_out
             for strategy in scale.strategies
         ]
-        for kind, axis, values, strategies in (
+        sweeps: tuple[tuple[str, str, Sequence[Any], Sequence[str]], ...] = (
             ("method", "method", scale.methods, scale.sweep_strategies),
             ("frozen", "atol", scale.tolerances, scale.tolerance_strategies),
             ("tolerance", "atol", scale.trained_tolerances, scale.tolerance_strategies),
-        ):
+        )
+        for kind, axis, values, strategies in sweeps:
+            ways: list[dict[str, Any]] = [{axis: value} for value in values]
             cells += [
-                self._cell(kind, scale.sweep_set, strategy, dtype=dtype, **{axis: value})
+                self._cell(kind, scale.sweep_set, strategy, dtype=dtype, **way)
                 for dtype in scale.dtypes
                 for strategy in strategies
-                for value in values
+                for way in ways
             ]
         return cells
 
