@@ -279,6 +279,25 @@ def test_what_cannot_be_run_is_said_and_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
+def test_pages_without_results_are_refused(tmp_path: Path) -> None:
+    code, _, stderr = run("reproduce", "pages", tmp_path)
+    assert code == 2
+    assert "holds no results" in stderr
+
+
+def test_physical_systems_have_scales_and_changes_of_them(tmp_path: Path) -> None:
+    tiny = ("reproduce", "physics", "--scale", "tiny", "--strategies", "symplectic")
+    code, _, stderr = run(*tiny, "--iterations", 1, "--out", tmp_path / "run")
+    assert code == 0, stderr
+    settings = read_json(tmp_path / "run" / "config.json")["settings"]
+    assert settings["scale"] == "tiny, changed"
+    assert settings["strategies"] == ["symplectic"]
+    assert (settings["iterations"], settings["width"]) == (1, 4)
+    code, _, stderr = run("reproduce", "physics", "--scale", "tine", "--out", tmp_path / "other")
+    assert code == 2
+    assert "did you mean 'tiny'" in stderr
+
+
 def test_an_unknown_scale_is_named_with_its_neighbour() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'reduced'"):
         DensityStudy("reduce")

@@ -165,7 +165,7 @@ def everything(
     report = pages or out / "report"
     with _running() as (messages, stop, world):
         sweeps = [Sweep(study := make(), out / study.name, world) for make in studies]
-        begun = [sweep.folder.holds_run() for sweep in sweeps]
+        begun = world.agree([sweep.folder.holds_run() for sweep in sweeps])
         for sweep, before in zip(sweeps, begun, strict=True):
             # One that was stopped before it began is begun; where none was begun, resuming fails.
             again = resume and (before or not any(begun))
