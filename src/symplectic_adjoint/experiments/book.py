@@ -81,14 +81,14 @@ def _index(runs: Sequence[Run], pages: Mapping[str, Page], summary: Table) -> st
         summary.markdown(),
         bullets(summary.notes),
         *(f"**{page.title}.** {page.scale}" for page in pages.values()),
-        "## Claims",
+        "## Claims and findings",
     ]
     for name, page in pages.items():
         for section in page.sections:
-            if section.claim:
+            if section.findings:
                 parts += [
                     f"### [{section.title}]({name}/index.md#{section.anchor})",
-                    f"**The paper's claim.** {section.claim}",
+                    f"**The paper's claim.** {section.claim}" if section.claim else "",
                     bullets(section.findings),
                 ]
     parts += ["## Machine and versions", *_machines(runs)]

@@ -169,7 +169,7 @@ def _section(section: Section) -> list[str]:
     if section.claim:
         parts.append(f"**The paper's claim.** {section.claim}")
     if section.findings:
-        parts.append("**Found here.** " + " ".join(section.findings))
+        parts += ["**Found here.**", bullets(section.findings)]
     for table in section.tables:
         title = f"**{table.title}** ([JSON]({table.name}.json))"
         parts += [title, table.markdown(), bullets(table.notes)]
