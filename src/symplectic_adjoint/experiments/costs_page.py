@@ -93,8 +93,8 @@ def _table(records: Sequence[Record]) -> Section:
             "L is the memory of one evaluation of the network and its vector-Jacobian product, "
             "states are those of the differential equation. To all of them the gradient itself is "
             "added, and an autograd graph that leads from component to component.",
-            "symplectic-steps keeps what the paper's scheme keeps; symplectic, the default here, keeps "
-            "the states of all stages and saves an evaluation for each.",
+            "symplectic-steps keeps what the paper's scheme keeps; symplectic, the default here, "
+            "keeps the states of all stages and saves an evaluation for each.",
             f"Memory grows: peak memory at the largest over that at the smallest, {spans}.",
             "Per use, and time: at the largest number of steps; a use is one stage of one step of "
             "one component. Time: median of a few gradients, of the processor where it computes, "
