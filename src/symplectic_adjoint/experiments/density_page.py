@@ -421,10 +421,11 @@ def _frozen_figure(records: Sequence[Record]) -> Figure:
         "Evaluations and products",
     )
     for axes, title in zip(panels, titles, strict=True):
-        axes.set(title=title, xlabel="absolute tolerance", xscale="log", yscale="log")
+        axes.set(title=title, xlabel="absolute tolerance", xscale="log")
         axes.invert_xaxis()
-    panels[0].set_ylabel("relative L2 error of the gradient")
-    styled(panels[2].yaxis)
+    for axes in panels[:2]:
+        axes.set(yscale="log", ylabel="relative L2 error of the gradient")
+    panels[2].set_ylim(bottom=0)
     _legend(figure, panels[0])
     return figure
 
@@ -465,6 +466,9 @@ def _scores(found: Sequence[Record]) -> list[str]:
             f"Under {name} the test NLL ends between {min(scores):.2f} and {max(scores):.2f} nats "
             f"(validation before training: {starts[0]:.2f})."
         )
+    every = [_of(r, "test_nll") for r in found]
+    if every:
+        lines.append(f"All of these scores lie within {max(every) - min(every):.1e} nats.")
     return lines
 
 
@@ -566,7 +570,7 @@ def _sweep_axis(
 ) -> None:
     if label == "method":
         ticks = {places[r.name]: _config(r, "method") for r in records}
-        axes.set_xticks(list(ticks), list(ticks.values()))
+        axes.set_xticks(list(ticks), list(ticks.values()), rotation=15)
     else:
         axes.set_xscale("log")
         axes.invert_xaxis()
