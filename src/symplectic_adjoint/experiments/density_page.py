@@ -468,7 +468,9 @@ def _scores(found: Sequence[Record]) -> list[str]:
         )
     every = [_of(r, "test_nll") for r in found]
     if every:
-        lines.append(f"All of these scores lie within {max(every) - min(every):.1e} nats.")
+        spread = max(every) - min(every)
+        alike = ", too little to tell the strategies apart" if spread < _RESOLUTION else ""
+        lines.append(f"All of these scores lie within {spread:.1e} nats{alike}.")
     return lines
 
 
