@@ -86,8 +86,14 @@ class MemoryPlan:
     def __str__(self) -> str:
         head = ("keep", "gradient", "peak", "time", "seconds", "steps retaken")
         rows = [
-            (x.name, _written(x.gradient), _size(x.peak), f"{x.time:.2f}", f"{x.seconds:.3g}")
-            + (str(x.retaken),)
+            (
+                x.name,
+                _written(x.gradient),
+                _size(x.peak),
+                f"{x.time:.2f}",
+                f"{x.seconds:.3g}",
+                str(x.retaken),
+            )
             for x in self.settings
         ]
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
@@ -97,13 +103,8 @@ class MemoryPlan:
         ]
         parts = {"state": self.state, "stages": self.stages, "graphs": self.graph}
         kept = ", ".join(f"{name} {_size(x)}" for name, x in parts.items() if x is not None)
-        return "\n".join(
-            [
-                f"{self.steps} steps; an evaluation with its product takes {_size(self.evaluation)}",
-                f"kept of a step: {kept}",
-                *lines,
-            ]
-        )
+        first = f"an evaluation with its product takes {_size(self.evaluation)}"
+        return "\n".join([f"{self.steps} steps; {first}", f"kept of a step: {kept}", *lines])
 
 
 def plan_memory(
@@ -120,7 +121,7 @@ def plan_memory(
     budgets: Sequence[int | str] = (),
     probe: int = 32,
 ) -> MemoryPlan:
-    """Foretell the peak memory and the time of a solve and its gradient, for each way to keep steps.
+    """Foretell peak memory and time of a solve and its gradient, for each way to keep its steps.
 
     A few of the first steps are solved and differentiated with everything kept, with stages, and
     with states: what a step takes is the slope of their peaks, read from the allocator's events,

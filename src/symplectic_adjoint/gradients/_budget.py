@@ -25,7 +25,7 @@ _UNITS = {"B": 1} | {
     for power, prefix in enumerate("KMGT", start=1)
 }
 STEP = 48
-"""Bytes that each step leaves: its times, in the grid and in the solution, and which outputs it holds."""
+"""Bytes that each step leaves: its times, on the grid and in the solution, and its outputs."""
 
 ENTRY = 1024
 """Bytes that the books take for each step of which something is kept, beside its tensors."""
