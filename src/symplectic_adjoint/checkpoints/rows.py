@@ -61,6 +61,7 @@ class Rows:
         self.elements = self.shape.numel()
         line = max(_ALIGNMENT // self.dtype.itemsize, 1)
         self.width = -(-self.elements // line) * line
+        self.padding = self.width - self.elements
         self.most = max(PIECE // (self.width * self.dtype.itemsize), 1)
         self.pieces: list[Tensor] = []
         self.starts: list[int] = []
@@ -89,12 +90,14 @@ class Rows:
 
     def _at(self, row: int) -> Tensor:
         piece = bisect.bisect_right(self.starts, row) - 1
-        return self.pieces[piece][row - self.starts[piece], : self.elements].view(self.shape)
+        whole = self.pieces[piece][row - self.starts[piece]]
+        return whole if self.padding == 0 else whole[: self.elements].view(self.shape)
 
     def _grow(self) -> None:
         start = len(self.owners)
         count = min(max(start // _SHARE, 1), self.most)
-        self.pieces.append(torch.empty((count, self.width), dtype=self.dtype))
+        shape = (count, *self.shape) if self.padding == 0 else (count, self.width)
+        self.pieces.append(torch.empty(shape, dtype=self.dtype))
         self.starts.append(start)
         self.owners.extend([_FREE] * count)
         self.free.extend(range(start + count - 1, start - 1, -1))
