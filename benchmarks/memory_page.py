@@ -113,8 +113,8 @@ def _curve(found: dict[str, Any], table: Table, heading: str) -> list[str]:
     parts = [heading.format("Time against memory"), conditions(found)]
     if table is markdown_table:
         parts.append(f"![Time against resident memory of {found['steps']} steps]({FIGURE})")
-    head = ("kept", "states held", "steps retaken", "the fewest possible", "forward", "backward")
-    head = (*head, "expected backward", "resident")
+    counts = ("states held", "steps retaken", "the fewest possible")
+    head = ("kept", *counts, "forward", "backward", "expected backward", "resident")
     rows = [
         (
             p["name"],
@@ -135,7 +135,8 @@ def expected(point: dict[str, Any], base: dict[str, Any]) -> float:
     """Seconds of a backward pass from that of another, and from how many steps it takes again."""
     again: float = base["forward"] / base["steps"]
     backward: float = base["backward"]
-    return backward + point["retaken"] * again
+    retaken: int = point["retaken"]
+    return backward + retaken * again
 
 
 def _million(found: dict[str, Any], table: Table, heading: str) -> list[str]:

@@ -251,7 +251,8 @@ class _Problem:
     def reached(self) -> Tensor:
         """The step times of the whole solve."""
         with torch.no_grad():
-            return self._solved(self.y0, self.t, self.controller, Symplectic()).steps
+            steps: Tensor = self._solved(self.y0, self.t, self.controller, Symplectic()).steps
+            return steps
 
     def _solved(self, y0: Any, t: Tensor, controller: Controller, strategy: Strategy) -> Any:
         return solve(
