@@ -18,7 +18,7 @@ FIXED: dict[str, Any] = {"method": "rk4", "controller": sa.FixedGrid(step_size=1
 ADAPTIVE: dict[str, Any] = {"method": "dopri5", "rtol": 1e-10, "atol": 1e-12}
 IMPLICIT: dict[str, Any] = {
     "method": "implicit_midpoint",
-    "controller": sa.FixedGrid(step_size=0.1),
+    "controller": sa.FixedGrid(step_size=0.05),
 }
 
 
