@@ -146,7 +146,7 @@ def _million(found: dict[str, Any], table: Table, heading: str) -> list[str]:
         (
             "growth of the resident memory",
             size(long["resident"]),
-            _met(long["resident"] <= long["memory"] + prefix["evaluation"]),
+            _met(long["resident"] <= long["limit"]),
         ),
         ("forward", seconds(long["forward"]), ""),
         ("backward", seconds(long["backward"]), ""),
@@ -164,7 +164,7 @@ def _million(found: dict[str, Any], table: Table, heading: str) -> list[str]:
         ),
     ]
     return [
-        heading.format(f"{long['steps']} steps within {size(long['memory'])}"),
+        heading.format(f"{long['steps']} steps within {size(long['limit'])}"),
         conditions(found),
         'Compiled steps (`execution="step"`), float32, in a process of its own, whose resident '
         f"memory was {size(long['interpreter'])} before.",
