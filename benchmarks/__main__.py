@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import os
 import sys
 import tempfile
@@ -16,7 +17,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import figures, floor, floor_page, methods, scaling, scaling_page
+from benchmarks import (
+    figures,
+    floor,
+    floor_page,
+    memory,
+    memory_page,
+    methods,
+    scaling,
+    scaling_page,
+)
 from benchmarks.measure import Record
 from benchmarks.peers import BASELINE, PEERS, Peer
 from benchmarks.problems import PROBLEMS, quick
@@ -30,6 +40,8 @@ FLOOR = ROOT / "benchmarks" / "floor.json"
 FLOOR_PAGE = ROOT / "docs" / "floor.md"
 SCALING = ROOT / "benchmarks" / "scaling.json"
 SCALING_PAGE = ROOT / "docs" / "scaling.md"
+BUDGETS = ROOT / "benchmarks" / "budgets.json"
+BUDGETS_PAGE = ROOT / "docs" / "budgets.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,6 +135,16 @@ def _write_scaling(results: dict[str, Any]) -> None:
         write_atomically(SCALING_PAGE.parent / place, image.decode())
 
 
+def _write_budgets(part: str, results: dict[str, Any]) -> None:
+    """Writes one part of the page on budgets, and leaves the others as they were."""
+    known = load(BUDGETS) if BUDGETS.exists() else {}
+    found = {**known, part: results}
+    save(found, BUDGETS)
+    write_atomically(BUDGETS_PAGE, memory_page.markdown(found))
+    for place, image in memory_page.images(found).items():
+        write_atomically(BUDGETS_PAGE.parent / place, image.decode())
+
+
 def _write(results: dict[str, Any]) -> None:
     """Writes results, page and figures."""
     save(results, RESULTS)
@@ -136,6 +158,14 @@ SPECIAL = {
     "methods": Special(methods.run, plain_methods, _write_methods),
     "scaling": Special(scaling.run, scaling_page.plain, _write_scaling),
     "floor": Special(floor.run, floor_page.plain, _write_floor),
+    **{
+        name: Special(run, memory_page.plain, functools.partial(_write_budgets, name))
+        for name, run in (
+            ("memory", memory.run),
+            ("curve", memory.curve),
+            ("million", memory.million),
+        )
+    },
 }
 
 
@@ -171,7 +201,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="problem",
         type=_problem,
         help=f"of {', '.join(PROBLEMS)}; default all. By themselves: methods, all of them shared "
-        "with torchdiffeq; scaling, how cost grows; floor, what a gradient must cost",
+        "with torchdiffeq; scaling, how cost grows; floor, what a gradient must cost; memory, "
+        "curve and million, what a budget of memory costs",
     )
     add(
         "--peers",

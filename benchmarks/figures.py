@@ -90,6 +90,41 @@ def curves(title: str, label: str, series: Mapping[str, Sequence[Mapping[str, An
         return _svg(figure)
 
 
+def budgets(title: str, points: Sequence[Mapping[str, Any]]) -> bytes:
+    """Time of a solve and its gradient against the memory it took.
+
+    Args:
+        title: What was solved.
+        points: With ``"name"``, ``"resident"``, ``"forward"``, ``"backward"``, ``"retaken"`` and
+            ``"steps"``; the first takes no step again, and says what is expected of the others.
+    """
+    base = points[0]
+    step = base["forward"] / base["steps"]
+    x = [p["resident"] for p in points]
+    whole = base["forward"] + base["backward"]
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.subplots()
+        measured = [p["forward"] + p["backward"] for p in points]
+        axes.plot(x, measured, "o", color=_COLOURS["ours"], label="measured")
+        expected = [whole + p["retaken"] * step for p in points]
+        axes.plot(x, expected, "_", markersize=16, color="#000000", label="by the steps retaken")
+        fewest = [whole + p["optimum"] * step for p in points]
+        axes.plot(x, fewest, color="#777777", linewidth=1.0, label="by the fewest possible")
+        for p, y in zip(points, measured, strict=True):
+            axes.annotate(p["name"], (p["resident"], y), (0, 8), textcoords="offset points")
+        axes.set_title(f"{title}: time against memory")
+        axes.set_xlabel("growth of resident memory")
+        axes.set_ylabel("forward and backward")
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(EngFormatter(unit="s"))
+        axes.legend()
+        return _svg(figure)
+
+
 def styles(peers: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Colour by package and marker within it; entries that are compiled are filled."""
     used: dict[str, int] = {}

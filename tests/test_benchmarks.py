@@ -19,6 +19,8 @@ from benchmarks import (
     floor,
     floor_page,
     measure,
+    memory,
+    memory_page,
     methods,
     resident,
     scaling,
@@ -26,6 +28,7 @@ from benchmarks import (
     suite,
     tables,
 )
+from benchmarks.long import Long
 from benchmarks.measure import Record
 from benchmarks.peers import BASELINE, PEERS, Bound, Peer, jax_base, zuko_peer
 from benchmarks.peers.base import attached
@@ -559,3 +562,47 @@ def test_peers_of_a_figure_differ_in_colour_or_marker() -> None:
 def test_the_same_figures_give_the_same_file() -> None:
     records = {r.peer: r for r in (record(BASELINE), record("ours/aca", peak=50))}
     assert figures.costs("a", records) == figures.costs("a", records)
+
+
+# Budgets -----------------------------------------------------------------------------------------
+
+
+def point(name: str, retaken: int, resident: int) -> dict[str, Any]:
+    times = {"steps": 100, "forward": 2.0, "backward": 3.0 + retaken / 50, "interpreter": 10**8}
+    kept = {"name": name, "slots": 10, "retaken": retaken, "optimum": 50, "memory": 9000}
+    return {**times, **kept, "resident": resident}
+
+
+def test_the_curve_of_budgets_says_what_steps_taken_again_should_take() -> None:
+    found = {k: results()["problems"][0][k] for k in HEAD}
+    points = [point("all states", 0, 10**6), point("few states", 150, 10**4)]
+    assert memory_page.expected(points[1], points[0]) == pytest.approx(3.0 + 150 * 2 / 100)
+    results_ = {**found, "quick": False, "steps": 100, "points": points}
+    page = memory_page.markdown({"curve": results_})
+    assert "| few states | 10 | 150 | 50 | 2.00 s | 6.00 s | 6.00 s | 10 kB |" in page
+    (image,) = memory_page.images({"curve": results_}).values()
+    assert b"<svg" in image
+    assert memory_page.plain(results_).count("few states") == 1
+
+
+def test_a_long_run_is_held_against_its_budget() -> None:
+    found = {k: results()["problems"][0][k] for k in HEAD}
+    prefix = {"steps": 7, "retaken": 3, "error": 1e-15, "budget": 4000, "peak": 5000}
+    for evaluation, limit, verdict in ((100, 9100, "missed"), (1000, 9300, "met")):
+        long = {**point("", 150, 9200), "limit": limit}
+        each = {**found, "prefix": {**prefix, "evaluation": evaluation}, "long": long}
+        page = memory_page.markdown({"million": each})
+        assert f"| growth of the resident memory | 9 kB | {verdict} |" in page
+        assert f"as many steps within 4 kB | 5 kB | {verdict} |" in page
+
+
+def test_a_long_run_is_the_same_with_and_without_a_budget() -> None:
+    took, everything = Long(40, double=True).run()
+    assert took["retaken"] == 0
+    thin = Long(40, double=True, memory="least")
+    again, thinned = thin.run()
+    assert again["retaken"] > 20
+    assert torch.equal(thinned, everything)
+    assert memory.theory(thin)["optimum"] <= again["retaken"]
+    smallest = memory.smallest(Long(40))
+    assert memory.within(Long(40), 3) > smallest

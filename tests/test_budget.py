@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import symplectic_adjoint as sa
 from symplectic_adjoint.gradients import Strategy
+from symplectic_adjoint.gradients._budget import ENTRY, STEP
 from symplectic_adjoint.memory import peak_memory
 from tests.problems import Case, case, loss, worst
 from tests.test_stores import file_size_limit, open_files
@@ -44,7 +45,7 @@ def smallest(run: Callable[[sa.Symplectic], Any], store: str = "stages") -> int:
 
 def budgets(least: int, state: int) -> Iterable[int]:
     """From the least room there may be to room for everything."""
-    return [least + STEPS * 24 + state * more for more in (1, 6, 1000)]
+    return [least + STEPS * STEP + (state + ENTRY) * more for more in (1, 6, 1000)]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_an_adaptive_solve_with_jumps_outputs_and_an_event_is_thinned_exactly() 
 
     (wanted, _), _ = run(sa.Symplectic())
     counts = []
-    for memory in budgets(smallest(run) + 24 * 24, 9 * 8):
+    for memory in budgets(smallest(run) + 24 * STEP, 9 * 8):
         found, again = run(sa.Symplectic(memory=memory))
         assert worst(found[0], wanted)[0] <= 1e-12
         assert worst(found[1], wanted)[0] <= 1e-12
@@ -140,7 +141,7 @@ def test_steps_that_are_taken_again_begin_anew_where_func_jumps(
 
     steps: list[int] = []
     wanted, _ = run(sa.Symplectic())
-    room = steps[0] * 24 + 6 * y0.nbytes
+    room = steps[0] * STEP + 6 * (y0.nbytes + ENTRY)
     found, again = run(sa.Symplectic("steps", memory=smallest(run) + room))
     assert again > 5
     assert torch.equal(found, wanted)
@@ -160,7 +161,7 @@ def test_random_numbers_are_drawn_again_when_steps_are_taken_again() -> None:
 
     wanted, _ = run(sa.Symplectic())
     tokens = STEPS * 4 * torch.get_rng_state().nbytes
-    found, again = run(sa.Symplectic(memory=smallest(run) + tokens + STEPS * 24 + 500))
+    found, again = run(sa.Symplectic(memory=smallest(run) + tokens + STEPS * STEP + 4 * ENTRY))
     assert again > STEPS / 2
     assert torch.equal(found, wanted)
     with pytest.raises(sa.MemoryBudgetError, match=r"too few.*after \d+ steps"):
@@ -234,7 +235,7 @@ def test_the_measured_peak_stays_within_the_budget_and_one_evaluation(
         torch.autograd.grad(sol.y.sum(), [y0, *net.parameters()])
         return sol.stats.backward_retaken
 
-    least = smallest(run) + 40 * 24 + y0.nbytes
+    least = smallest(run) + 40 * STEP + y0.nbytes
     room = one_evaluation(net)
     more = [5, 90] if store == "stages" else [90, 8 * width, 20 * width]
     for memory in [least, *(least + states * y0.nbytes for states in more)]:
@@ -274,7 +275,7 @@ def test_a_budget_too_small_is_refused_before_anything_is_computed() -> None:
         run(100_000)
     assert not calls
     assert caught.value.solution is None
-    solution = run(caught.value.needed + 100 * 24)
+    solution = run(caught.value.needed + 100 * STEP)
     assert solution.status is sa.Status.SUCCESS
 
 

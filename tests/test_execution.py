@@ -616,3 +616,17 @@ def test_a_flow_with_a_divergence_inside_is_compiled() -> None:
         results.append([loss, *torch.autograd.grad(loss, list(flow.parameters()))])
     for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).norm() <= 1e-9 * theirs.norm()
+
+
+def test_compiled_steps_are_thinned_and_taken_again_exactly() -> None:
+    func, y0 = net(), state(batch=40)
+    (everything, wanted), (thinned, grads) = (
+        gradients("step", func, y0, [0.0, 3.0], gradient=sa.Symplectic(memory=memory), rtol=1e-6)
+        for memory in (None, "least")
+    )
+    assert torch.equal(thinned.y, everything.y)
+    assert thinned.stats.backward_retaken > 10
+    for grad, want in zip(grads, wanted, strict=True):
+        assert (grad - want).norm() <= 1e-14 * want.norm()
+    with pytest.raises(sa.CompilationError, match="schedule"):
+        sa.solve(func, y0, [0.0, 1.0], execution="loop", gradient=sa.Symplectic(memory="least"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import resource
 import stat
 import subprocess
@@ -20,6 +21,7 @@ from torch import Tensor
 from symplectic_adjoint import ArgumentError
 from symplectic_adjoint._errors import StoreError
 from symplectic_adjoint.checkpoints import Device, Disk, Host, Place, Rounded
+from symplectic_adjoint.checkpoints.rows import SLACK
 
 
 def places(folder: Path) -> list[Place]:
@@ -207,3 +209,31 @@ def test_numbers_that_float16_cannot_hold_are_refused() -> None:
         store.put(0, [torch.tensor([1e5])])
     with pytest.raises(ArgumentError, match=r"bfloat16 or torch\.float16"):
         Rounded(torch.float32)
+
+
+def test_equal_tensors_lie_in_rows_that_are_used_again_and_given_back() -> None:
+    draw, store, wanted = random.Random(0), Device().open(), dict[int, list[Tensor]]()
+    for key in range(4000):
+        growing = key // 1000 % 2 == 0
+        if wanted and draw.random() < (0.2 if growing else 0.8):
+            old = draw.choice(list(wanted))
+            assert held(store, old, wanted.pop(old)) is True
+            store.drop(old)
+        else:
+            wanted[key] = [torch.full((3, 5), key + i / 8) for i in range(draw.choice([1, 4]))]
+            store.put(key, wanted[key])
+        (rows,) = store.rows.values()  # type: ignore[attr-defined]
+        used = sum(map(len, wanted.values()))
+        assert used <= sum(map(len, rows.pieces)) <= max(used + 1, used * (1 + 1 / (SLACK - 1)))
+    assert all(held(store, key, tensors) for key, tensors in wanted.items())
+
+
+def test_what_a_row_gives_back_is_a_copy_and_lies_aligned() -> None:
+    store = Device().open()
+    for key in range(200):
+        store.put(key, [torch.full((7,), float(key))])
+    got = store.get(3)[0]
+    assert got.data_ptr() % 64 == 0
+    store.drop(3)
+    store.put(200, [torch.zeros(7)])
+    assert torch.equal(got, torch.full((7,), 3.0))

@@ -62,6 +62,7 @@ from symplectic_adjoint.gradients import (
 from symplectic_adjoint.interpolation import Interpolation, fill_missing
 from symplectic_adjoint.loop import Stats
 from symplectic_adjoint.models import Autonomous, NeuralODE
+from symplectic_adjoint.planning import MemoryPlan, MemorySetting, plan_memory
 from symplectic_adjoint.rootfind import Newton
 from symplectic_adjoint.solution import Solution
 from symplectic_adjoint.splitting import Splitting
@@ -112,6 +113,8 @@ __all__ = [
     "JobFolder",
     "JobFolderError",
     "MemoryBudgetError",
+    "MemoryPlan",
+    "MemorySetting",
     "NeuralODE",
     "Newton",
     "NonFiniteError",
@@ -144,6 +147,7 @@ __all__ = [
     "odeint_dense",
     "odeint_event",
     "peak_memory",
+    "plan_memory",
     "single_thread_below",
     "solve",
     "steady_state",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 Time: TypeAlias = float | Tensor
@@ -32,6 +34,25 @@ class _OneSided(float):
 def as_float(t: Time) -> float:
     """The value of a time as a Python float (reads the device when it is a tensor)."""
     return float(t.detach() if isinstance(t, Tensor) else t)
+
+
+def floats(x: Tensor) -> array[float]:
+    """The elements of a 1-D tensor, eight bytes each: a quarter of what a list of them takes.
+
+    Example:
+        >>> floats(torch.tensor([0.5, 2.0]))
+        array('d', [0.5, 2.0])
+    """
+    values = array("d", bytes(8 * len(x)))
+    if values:
+        torch.frombuffer(values, dtype=torch.float64).copy_(x.detach())
+    return values
+
+
+def tensor_of(values: Sequence[float]) -> Tensor:
+    """One or more floats as a tensor (N,), float64 on the CPU."""
+    packed = values if isinstance(values, array) else array("d", values)
+    return torch.frombuffer(packed, dtype=torch.float64).clone()
 
 
 def one_sided(t: Time, side: float) -> Time:

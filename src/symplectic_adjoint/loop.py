@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -257,7 +258,7 @@ class Run:
     """A finished forward pass.
 
     Attributes:
-        nodes: Step times, N + 1 floats.
+        nodes: Step times, N + 1 floats of eight bytes each.
         outputs: The outputs that each step holds.
         y: Solution at the output times reached, (T', ...).
         end: The last state.
@@ -265,7 +266,7 @@ class Run:
         event: What ended it before its end, or None; the last output is the solution there.
     """
 
-    nodes: list[float]
+    nodes: MutableSequence[float]
     outputs: list[Outputs] = field(default_factory=list)
     y: Tensor = field(default_factory=lambda: torch.empty(0))
     end: Any = None
@@ -316,7 +317,7 @@ def run(
             anything, happens at a time ``.t`` within the step and ends the solve there.
         log: Writes the solve down, where outputs are not on a graph.
     """
-    result = Run([as_float(state.t)], end=state)
+    result = Run(array("d", [as_float(state.t)]), end=state)
     count = len(output_times.times) + (watch is not None)
     writer = _GraphWriter(state.y) if graph else _Writer(state.y, count)
     if log is not None:

@@ -6,6 +6,7 @@ what is put into it and forgets it when it is closed or no longer referred to.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from symplectic_adjoint._errors import ArgumentError, StoreError
+from symplectic_adjoint.checkpoints.rows import Kind, Rows
 
 
 class Store(Protocol):
@@ -73,21 +75,46 @@ class Device:
         return _DeviceStore()
 
 
+class _Copies(NamedTuple):
+    """Where copies of tensors lie."""
+
+    rows: Rows
+    numbers: array[int]
+
+
 class _DeviceStore:
+    """Tensors as they are, or copied into rows where these keep the process small."""
+
     def __init__(self) -> None:
-        self.held: dict[int, Sequence[Tensor]] = {}
+        self.held: dict[int, Sequence[Tensor] | _Copies] = {}
+        self.rows: dict[Kind, Rows] = {}
 
     def put(self, key: int, tensors: Sequence[Tensor]) -> None:
-        self.held[key] = tensors
+        if (kind := Kind.of(tensors)) is None:
+            self.held[key] = tensors
+            return
+        if kind not in self.rows:
+            self.rows[kind] = Rows(kind)
+        rows = self.rows[kind]
+        self.held[key] = _Copies(rows, array("q", [rows.put(key, x) for x in tensors]))
 
     def get(self, key: int) -> list[Tensor]:
-        return list(self.held[key])
+        held = self.held[key]
+        if isinstance(held, _Copies):
+            return [held.rows.get(row) for row in held.numbers]
+        return list(held)
 
     def drop(self, key: int) -> None:
+        held = self.held[key]
+        while isinstance(held, _Copies) and held.numbers:
+            for owner, row, new in held.rows.drop(held.numbers.pop()):
+                numbers = self.held[owner].numbers  # type: ignore[union-attr]
+                numbers[numbers.index(row)] = new
         del self.held[key]
 
     def close(self) -> None:
         self.held.clear()
+        self.rows.clear()
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,10 @@ from symplectic_adjoint.steppers._base import (
     TimeCotangents,
 )
 
-Keeps: TypeAlias = Literal["residuals", "points", "states", "start"]
+Keeps: TypeAlias = Literal["residuals", "points", "states", "start", "schedule"]
 """What products with transposed Jacobians read, all stages where they were evaluated, the states
-between the steps, or the first state alone."""
+between the steps, the first state alone, or what a schedule says, which only compiled steps can
+follow."""
 
 
 @dataclass
@@ -218,7 +219,7 @@ class Strategy:
         method: The only method that the strategy works with, or None.
         folder: Where solves are written down, so that they can go on in another process; or None.
         keeps_outputs: Whether the backward pass needs the solution at the output times.
-        keeps: What the compiled loop keeps of a solve; None where it does not run the strategy.
+        keeps: What compiled tiers keep of a solve; None where they do not run the strategy.
     """
 
     name: ClassVar[str]

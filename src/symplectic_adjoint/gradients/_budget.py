@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from symplectic_adjoint._errors import ArgumentError, MemoryBudgetError, UnknownNameError
+from symplectic_adjoint.checkpoints.rows import SLACK
 from symplectic_adjoint.checkpoints.schedules import Plan
 from symplectic_adjoint.steppers import Stepper
 
@@ -23,7 +24,11 @@ _UNITS = {"B": 1} | {
     for infix, base in (("", 1000), ("i", 1024))
     for power, prefix in enumerate("KMGT", start=1)
 }
-_STEP = 24  # the times of a step: in the solution, on the graph, and while they are copied
+STEP = 48
+"""Bytes that each step leaves: its times, on the grid and in the solution, and its outputs."""
+
+ENTRY = 1024
+"""Bytes that the books take for each step of which something is kept, beside its tensors."""
 
 
 def parsed(memory: int | str | None) -> int | str | None:
@@ -101,11 +106,11 @@ class Budget:
         """
         work = stepper.work
         stages = 1 + work.inner + work.error + work.extra
-        states = 2 * outputs + 3 * stages + 8 + ahead * (stages + 1)
+        states = 2 * outputs + 3 * stages + 9 + ahead * (stages + 1)
         fixed = states * y0.nbytes + sum(x.nbytes for x in sums)
         total = int(AUTO * free(y0.device)) if isinstance(memory, str) else memory
         budget = Budget(total, fixed)
-        budget.left(0, 0, y0.nbytes)
+        budget.left(0, 0, y0.nbytes + ENTRY)
         return budget
 
     def settle(self, plan: Plan, steps: int, traces: int, state: int) -> None:
@@ -118,7 +123,7 @@ class Budget:
         Raises:
             MemoryBudgetError: Not one state can be kept.
         """
-        taken = self.fixed + _STEP * steps + traces
+        taken = self.fixed + STEP * steps + traces
         needed = taken + state
         if needed > self.memory:
             raise MemoryBudgetError(
@@ -127,7 +132,8 @@ class Budget:
                 "more",
                 needed,
             )
-        return self.memory - taken
+        left = self.memory - taken
+        return max(left - left // SLACK, state)
 
 
 def settle_logarithm(plan: Plan, steps: int, traces: int, state: int) -> None:

@@ -260,6 +260,7 @@ def _alone(job: Job) -> dict[str, bool]:
     """What the loop cannot do, since nobody looks at its steps."""
     controller = job.controller
     return {
+        "steps are kept under a schedule (memory, place)": job.strategy.keeps == "schedule",
         "there are events": bool(job.events),
         "steps are kept for dense=True": job.keep_dense,
         "a gradient of t is wanted": job.wants_time,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from symplectic_adjoint._errors import ArgumentError, SolveError, Status
-from symplectic_adjoint._types import FlatFunc, as_float
+from symplectic_adjoint._types import FlatFunc, as_float, floats, tensor_of
 from symplectic_adjoint.callbacks import Callbacks
 from symplectic_adjoint.capture import detached, has_tangent, varies
 from symplectic_adjoint.controllers import Controller, FixedGrid, GridPace, Setting
@@ -71,14 +71,14 @@ class Job:
     random: bool = False
     spent: int = 0
 
-    @property
+    @functools.cached_property
     def setting(self) -> Setting:
         return Setting(
             end=self.problem.times[-1],
             direction=self.problem.direction,
             rtol=self.rtol,
             atol=self.atol,
-            grid=() if self.grid is None else self.grid.tolist(),
+            grid=() if self.grid is None else floats(self.grid),
             jumps=frozenset(self.jumps.tolist()),
         )
 
@@ -136,7 +136,7 @@ class Job:
         """Step times on the graph of ``t``, where they follow it."""
         if self.grid is not None:
             return self.grid[: len(reached)]
-        nodes = torch.tensor(reached, dtype=torch.float64)
+        nodes = tensor_of(reached)
         knots = self.knots()
         moving = [n for n, t in enumerate(reached) if t in knots]
         if not moving:
@@ -510,7 +510,7 @@ def _solution(
     return Solution(
         t=job.problem.t[: len(y)],
         y=job.problem.spec.unflatten(y),
-        steps=torch.tensor(result.nodes, dtype=torch.float64),
+        steps=tensor_of(result.nodes),
         stats=stats,
         status=Status.SUCCESS if event is None else Status.EVENT,
         event=event,

@@ -22,6 +22,7 @@ from symplectic_adjoint.checkpoints.actions import (
 from symplectic_adjoint.checkpoints.schedules import Plan, Schedule, Sizes
 from symplectic_adjoint.field import Field, LeafField, RandomState, StageGraph
 from symplectic_adjoint.gradients._base import Record, Sweep
+from symplectic_adjoint.gradients._budget import ENTRY
 from symplectic_adjoint.steppers import Stepper
 from symplectic_adjoint.steppers._base import Saved
 
@@ -56,7 +57,7 @@ class Ledger(Sequence[Record]):
             schedule: Makes the plan.
             stores: The fast one and the slow one.
             most: The most that is kept of a step.
-            settle: Called with (plan, steps, bytes of traces, bytes of a state) before each step
+            settle: Called with (plan, steps, bytes of traces, room for a state) before each step
                 is kept; sets the capacity of a plan that has one.
         """
         self.stepper = stepper
@@ -91,7 +92,7 @@ class Ledger(Sequence[Record]):
 
     def _restart(self) -> None:
         self.plan = self.schedule.begin()
-        self.saved: dict[int, Saved] = {}  # without their tensors
+        self.saved: dict[int, Saved] = {}  # without tensors that lie in a store
         self.graphs: dict[int, Sequence[StageGraph | None]] = {}
         self.where: dict[int, Where] = {}
         self.what: dict[int, What] = {}
@@ -183,21 +184,22 @@ class Ledger(Sequence[Record]):
     def _offered(self, step: Any) -> tuple[Saved, Saved, Sizes]:
         """What can be kept of a step, and its sizes."""
         state = self.stepper.save(step, stages=False)
+        least = Sizes(ENTRY + _bytes(state))
         if self.most == What.STATE:
-            return state, state, Sizes(_bytes(state))
+            return state, state, least
         stages = self.stepper.save(step, stages=True)
         # A record of the stages from which the state cannot be told, or that holds no more than it,
         # is none that a plan could use.
         first = stages.tensors[: len(state.tensors)]
         whole = len(first) < len(stages.tensors) or self.most == What.GRAPH
         if not whole or any(a is not b for a, b in zip(first, state.tensors, strict=False)):
-            return state, state, Sizes(_bytes(state))
-        sizes = Sizes(_bytes(state), _bytes(stages))
+            return state, state, least
+        sizes = Sizes(least.state, ENTRY + _bytes(stages))
         if self.field is not None and self.field.keeping and self.field.tape is not None:
             # The last of its stages is the first of the next step.
             count = len(self.stepper.stages(step)) - 1
             graphs = count * (self.field.tape + step.y1.nbytes)
-            return state, stages, sizes._replace(graph=_bytes(stages) + graphs)
+            return state, stages, sizes._replace(graph=ENTRY + _bytes(stages) + graphs)
         return state, stages, sizes
 
     def _store(self, action: Action, state: Saved, stages: Saved) -> None:
@@ -206,8 +208,8 @@ class Ledger(Sequence[Record]):
             case Keep(n, what, where):
                 self._put(n, state if what == What.STATE else stages, what, where)
             case Reduce(n, What.STAGES):
-                self.what[n] = What.STAGES
                 del self.graphs[n]
+                self._put(n, self.saved[n], What.STAGES, self.where[n])
             case Reduce(n, what):
                 saved, where = self._get(n), self.where[n]
                 self._drop(n)
@@ -225,17 +227,24 @@ class Ledger(Sequence[Record]):
                 raise AssertionError(action)
 
     def _put(self, n: int, saved: Saved, what: What, where: Where) -> None:
-        self.saved[n] = saved._replace(tensors=())
         self.what[n], self.where[n] = what, where
+        if what == What.GRAPH:
+            self.saved[n] = saved  # the tensors of which are part of the graph
+            return
+        self.saved[n] = saved._replace(tensors=())
         self.stores[where].put(n, saved.tensors)
 
     def _get(self, n: int) -> Saved:
+        if self.what[n] == What.GRAPH:
+            return self.saved[n]
         return self.saved[n]._replace(tensors=self.stores[self.where[n]].get(n))
 
     def _drop(self, n: int) -> None:
-        self.stores[self.where.pop(n)].drop(n)
+        where = self.where.pop(n)
+        if self.what.pop(n) != What.GRAPH:
+            self.stores[where].drop(n)
         self.graphs.pop(n, None)
-        del self.saved[n], self.what[n]
+        del self.saved[n]
 
     def _empty(self) -> None:
         for n in list(self.where):

@@ -106,8 +106,10 @@ class Symplectic(Strategy):
 
     @property
     def keeps(self) -> Keeps | None:  # type: ignore[override]
-        if self.accumulate == "compensated" or self._limited:
+        if self.accumulate == "compensated":
             return None
+        if self._limited:
+            return None if self.store == "graph" else "schedule"
         kept: dict[str, Keeps] = {"steps": "states", "stages": "points", "graph": "residuals"}
         return kept[self.store]
 
