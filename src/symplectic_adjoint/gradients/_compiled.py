@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -299,9 +300,8 @@ def _record(job: Job) -> Recorded:
     )
     run = recording.run
     run.end = stepper.resume(run.nodes[-1], (run.end.clone(),), None)
-    base = tape_of(job, field, run, stats, [Record(Saved(()))] * steps, ())
-    parts = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
-    tape = LoopTape(**parts, recording=recording, bound=bound)
+    make = functools.partial(LoopTape, recording=recording, bound=bound)
+    tape = tape_of(job, field, run, stats, [Record(Saved(()))] * steps, (), make)
     return Recorded(job, run, stats, field, tape, [])
 
 
@@ -311,13 +311,14 @@ def _chunks(job: Job, program: Program, field: DetachedField, y0: Tensor) -> Ite
     if job.grid is not None:
         return on_grid(program, setting.grid, y0, tensors)
     state = stepper.begin(t0, y0)
-    slope, residuals = y0, list[Tensor]()
-    if program.method.carries(True):
-        slope, residuals = program.slope(t0, y0, tensors)
-        state.node.k = slope
+    residuals = list[Tensor]()
+    carries = program.method.carries(True)
+    if carries and program.method.linear is not None:
+        state.node.k, residuals = program.slope(t0, y0, tensors)
         field.evaluations += 1
     with torch.enable_grad():  # func may differentiate inside itself
         pace: Any = job.controller.begin(field, stepper, state, setting)
+        slope = stepper.slope(field, state) if carries else y0
     return adaptive(program, pace, setting, (t0, y0, slope, residuals), tensors)
 
 

@@ -455,9 +455,10 @@ def tape_of(
     stats: Stats,
     records: list[Record],
     aliases: Sequence[Tensor],
+    make: Callable[..., Tape] = Tape,
 ) -> Tape:
     keeps_graph = any(record.graphs for record in records)
-    return Tape(
+    return make(
         func=job.func,
         capture=job.capture,
         aliases=aliases if keeps_graph else (),

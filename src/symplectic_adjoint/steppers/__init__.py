@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,6 +71,11 @@ def get(name: str) -> Stepper:
         return ScipySolver()
     if name not in names():
         raise UnknownNameError("method", name, (*names(), *_ALIASES, _SCIPY))
+    return _of_tableau(name)
+
+
+@functools.cache
+def _of_tableau(name: str) -> Stepper:
     tableau = tableaus.get(name)
     return ImplicitRK(tableau) if tableau.implicit else ExplicitRK(tableau)
 
