@@ -165,6 +165,28 @@ def test_a_reverse_sweep_stage_by_stage_is_exact(
         assert solution.stats.products == eager.stats.products
 
 
+@pytest.mark.parametrize("tier", TIERS)
+def test_what_func_depends_on_may_have_any_strides(tier: str) -> None:
+    weights = torch.randn(3, 6, dtype=torch.float64).T[::2].requires_grad_()
+    row = torch.randn(1, 3, dtype=torch.float64).requires_grad_()
+
+    def solved(batch: int, execution: str) -> list[Tensor]:
+        forces = torch.linspace(0, 1, 3 * batch, dtype=torch.float64).view(3, batch).T
+        rows = row.expand(batch, 3)
+
+        def func(t: Tensor, y: Tensor) -> Tensor:
+            return torch.tanh(y @ weights + forces) * rows
+
+        y0 = state(batch)
+        options: dict[str, Any] = {"method": "midpoint", "controller": grid(0.25)}
+        y = sa.solve(func, y0, [0.0, 1.0], execution=execution, **options).y[-1]
+        return [y, *torch.autograd.grad(y.square().sum(), [weights, row])]
+
+    for batch in (4, 6, 5):
+        for ours, theirs in zip(solved(batch, tier), solved(batch, "eager"), strict=True):
+            assert (ours - theirs).norm() <= 1e-12 * theirs.norm()
+
+
 def test_a_function_that_writes_into_its_own_tensors_is_evaluated_again() -> None:
     func = net()
 

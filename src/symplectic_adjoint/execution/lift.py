@@ -12,6 +12,7 @@ import contextlib
 import functools
 import threading
 import types
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,7 +108,9 @@ def lift(flat: FlatFunc, func: Any, y0: Tensor) -> Lifted:
     y = y0.detach().requires_grad_()
     _caught.clear()
     try:
-        with torch.enable_grad(), _settings():
+        with torch.enable_grad(), _settings(), warnings.catch_warnings():
+            # TorchDynamo looks at the gradients of tensors that are no leaves.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
             _entry(code_of(func))(flat, t, y)
     except Exception as error:
         raise CompilationError(_reason(error)) from error

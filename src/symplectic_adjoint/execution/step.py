@@ -62,7 +62,7 @@ class CompiledRK(ExplicitRK):
         if type(field) is not DetachedField or isinstance(t1, Tensor):
             return super().step(field, state, t1, tokens)
         k = field.value(state.node)
-        tensors = self.bound.holding(field.aliases)
+        tensors = self.bound.inputs(field.aliases)
         program = self._program(state.y)
         run = program.get("step", functools.partial(_step, program.method, state.y, tensors))
         out = run.call(_time(state.t, k), _time(t1, k), state.y, k, *tensors)
@@ -106,7 +106,7 @@ class CompiledRK(ExplicitRK):
             return super().transpose(reversal, n, step, cotangent, dense)
         moments = [] if dense is None else [self._moments(dense)]
         field, y = reversal.field, step.start.y
-        tensors = self.bound.holding(field.aliases)
+        tensors = self.bound.inputs(field.aliases)
         program = self._program(y)
         points = [stage.x for stage in step.stages[1:]]
         optional = ([] if cotangent.k is None else [cotangent.k], moments)
@@ -115,7 +115,8 @@ class CompiledRK(ExplicitRK):
             key, functools.partial(_transpose, program.method, y, tensors, len(points), optional)
         )
         wanted = program.method.traced.wanted
-        sums = [_sum(x) for x, want in zip(tensors, wanted, strict=True) if want]
+        aliases = self.bound.holding(field.aliases)
+        sums = [_sum(x) for x, want in zip(aliases, wanted, strict=True) if want]
         times = _time(step.start.t, y), _time(step.t1, y)
         given = (cotangent.y, *optional[0], *optional[1])
         lam, mu = run.call(*times, y, *points, *given, *tensors, *sums)
@@ -148,7 +149,7 @@ def _time(t: Time, like: Tensor) -> Tensor:
 def _sum(alias: Tensor) -> Tensor:
     """Where the gradient of what an alias stands for is summed."""
     if alias.grad is None:
-        alias.grad = torch.zeros_like(alias)
+        alias.grad = torch.zeros_like(alias, memory_format=torch.contiguous_format)
     return alias.grad
 
 

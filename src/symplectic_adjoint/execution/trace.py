@@ -35,7 +35,7 @@ class Input:
     """An example of an input.
 
     Attributes:
-        example: A tensor of its dtype, shape and device.
+        example: A tensor of its dtype, shape and device; the input itself has to be contiguous.
         dynamic: The dimensions whose size may change from call to call, each with a name: where
             names are equal sizes are.
     """
@@ -133,10 +133,7 @@ def _fake(mode: FakeTensorMode, i: int, x: Input, sizes: dict[str, int]) -> Tens
         with mode:  # from_tensor would make a symbol of its value
             return torch.empty((), dtype=like.dtype, device=like.device)
     # A tensor of its own, since inputs that share memory are compiled as views of one.
-    if shape == list(like.shape):
-        fresh = torch.empty_strided(shape, like.stride(), dtype=like.dtype, device=like.device)
-    else:
-        fresh = torch.empty(shape, dtype=like.dtype, device=like.device)
+    fresh = torch.empty(shape, dtype=like.dtype, device=like.device)
     return mode.from_tensor(
         fresh,
         source=ConstantSource(f"input{i}"),

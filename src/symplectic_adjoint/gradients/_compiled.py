@@ -87,6 +87,10 @@ class Bound:
             held[i] = x
         return held
 
+    def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The same as compiled code takes them."""
+        return [x.detach().contiguous() for x in self.holding(tensors)]
+
     def among(self, values: Sequence[Any]) -> list[Any]:
         """Of values for all tensors of the graph those for ``tensors``."""
         return [values[i] for i in self._places]
@@ -152,7 +156,7 @@ class LoopTape(Tape):
         """First derivatives, by the compiled reverse sweep."""
         before = seconds_spent()
         y0, _, times, *captured = (x.detach() for x in inputs)
-        tensors = [x.detach() for x in self.bound.holding(captured)]
+        tensors = self.bound.inputs(captured)
         records, position = [], 0
         for count in self._counts:
             records.append(Records.of(kept[position : position + count]))
@@ -306,7 +310,8 @@ def _record(job: Job) -> Recorded:
 
 
 def _chunks(job: Job, program: Program, field: DetachedField, y0: Tensor) -> Iterator[Chunk]:
-    tensors = [x.detach() for x in field.func.all]  # type: ignore[attr-defined]
+    bound: Any = job.capture
+    tensors = bound.inputs(bound.tensors)
     setting, stepper, t0 = job.setting, job.stepper, job.problem.times[0]
     if job.grid is not None:
         return on_grid(program, setting.grid, y0, tensors)
