@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import symplectic_adjoint as sa
 from symplectic_adjoint.execution import forward
 from symplectic_adjoint.execution.lift import lift
+from symplectic_adjoint.execution.trace import Input, compiled
 from symplectic_adjoint.gradients import Strategy
 from symplectic_adjoint.models.cnf import CNF, SolverOptions
 from tests import problems
@@ -623,6 +624,12 @@ def test_a_size_that_func_makes_a_constant_is_no_symbol() -> None:
         sizes.append(sorted(lift(func, func, y0).graph.state_dims))
     # The batch has changed once; the width means other weights, whatever it is.
     assert sizes == [[], [0], [0], [0]]
+
+
+def test_code_that_holds_for_one_size_alone_is_refused() -> None:
+    like = Input(torch.zeros(4, 2), {0: "batch"})
+    with pytest.raises(sa.CompilationError, match="a size that changes"):
+        compiled(lambda x: [x * int(x.shape[0])], [like])
 
 
 def test_a_flow_with_a_divergence_inside_is_compiled() -> None:

@@ -108,7 +108,19 @@ def _compiled(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Input]
             "post_grad_custom_post_pass": SmallProducts(),
         }
         with inductor.patch(settings), tracing(TracingContext(mode)):
-            return compile_fx(module, fakes)
+            call = compile_fx(module, fakes)
+    _refuse_fixed(mode)
+    return call
+
+
+def _refuse_fixed(mode: FakeTensorMode) -> None:
+    """What was compiled for any size has to hold for any."""
+    assert mode.shape_env is not None
+    for symbol, size in mode.shape_env.replacements.items():
+        if size.is_number:
+            raise CompilationError(
+                f"a size that changes ({symbol}) may only be {size} in compiled code", lasting=False
+            )
 
 
 def _fakes(inputs: Sequence[Input]) -> tuple[FakeTensorMode, list[Tensor]]:
@@ -275,7 +287,9 @@ def _nbytes(x: Tensor) -> int:
 def _traced(function: Callable[..., Any], inputs: Sequence[Input]) -> fx.GraphModule:
     mode, fakes = _fakes(inputs)
     with torch.enable_grad(), mode:
-        return make_fx(function, tracing_mode="symbolic")(*fakes)
+        module = make_fx(function, tracing_mode="symbolic")(*fakes)
+    _refuse_fixed(mode)
+    return module
 
 
 def _value(graph: Graph, t: Tensor, y: Tensor, *tensors: Tensor) -> Tensor:
