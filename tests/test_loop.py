@@ -114,7 +114,7 @@ def test_steps_are_taken_until_the_end_is_reached_exactly() -> None:
     stepper, stats, result, kept = driven(StubPace(0.25, 1.0), [0.0, 1.0])
     assert stepper.steps == [(0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0)]
     assert (stats.accepted, stats.rejected) == (4, 0)
-    assert result.nodes == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert list(result.nodes) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert [n for n, _, _ in kept] == [0, 1, 2, 3]
     assert result.end.t == 1.0
 
@@ -123,7 +123,7 @@ def test_a_rejected_attempt_starts_again_from_the_same_state() -> None:
     stepper, stats, result, _ = driven(StubPace(0.5, 1.0, rejects=(0, 2)), [0.0, 1.0])
     assert stepper.steps == [(0.0, 0.5), (0.0, 0.5), (0.5, 1.0), (0.5, 1.0)]
     assert (stats.accepted, stats.rejected) == (2, 2)
-    assert result.nodes == [0.0, 0.5, 1.0]
+    assert list(result.nodes) == [0.0, 0.5, 1.0]
 
 
 def test_outputs_do_not_change_the_steps() -> None:
@@ -159,7 +159,7 @@ def test_a_solve_that_fails_keeps_what_it_has_reached() -> None:
     _, stats, result, kept = driven(StubPace(0.25, 1.0, fails=2), [0.0, 0.25, 0.375, 0.625, 1.0])
     assert isinstance(result.error, sa.StepLimitError)
     assert (stats.accepted, len(kept)) == (2, 2)
-    assert result.nodes == [0.0, 0.25, 0.5]
+    assert list(result.nodes) == [0.0, 0.25, 0.5]
     assert result.y.squeeze(-1).tolist() == [0.0, 0.25, 0.375]
 
 

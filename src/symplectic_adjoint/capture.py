@@ -253,7 +253,7 @@ class Capture(Listed):
     @contextlib.contextmanager
     def substituted(self, aliases: Sequence[Tensor]) -> Generator[None]:
         """Put ``aliases`` (one for each of ``tensors``) where ``func`` looks for the originals."""
-        with _SUBSTITUTION, _Swaps() as swaps, contextlib.ExitStack() as undo:
+        with _SUBSTITUTION, _Swaps() as swaps, swaps, contextlib.ExitStack() as undo:
             for slot, value in self._frozen:
                 if slot.read() is not value:
                     swaps.put(slot, value)
@@ -285,6 +285,7 @@ class Capture(Listed):
         with (
             self.substituted(aliases),
             _Swaps(rebound=True) as swaps,
+            swaps,
             contextlib.ExitStack() as undo,
         ):
             changed = [x for x, version in self._versions if x._version != version]
@@ -312,7 +313,7 @@ class Capture(Listed):
             aliases: One for each of ``tensors``.
             convert: Makes what stands for a tensor that requires no grad.
         """
-        with self.substituted(aliases), _Swaps() as swaps:
+        with self.substituted(aliases), _Swaps() as swaps, swaps:
             standing = {id(x) for x in aliases}
             for slot, value in self._held:
                 if isinstance(value, Tensor) and id(slot.read()) not in standing:
@@ -420,7 +421,10 @@ def _listed(params: Any) -> list[Tensor]:
 
 
 class _Swaps:
-    """Writes into slots, and on leaving puts back what was there, wherever it is interrupted."""
+    """Writes into slots, and on leaving puts back what was there.
+
+    To be entered twice: what interrupts the one exit, at whatever line, is seen to by the other.
+    """
 
     def __init__(self, *, rebound: bool = False) -> None:
         """Swap nothing yet.
@@ -440,14 +444,6 @@ class _Swaps:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            self._restore()
-        except BaseException:
-            self._restore()
-            raise
-
-    def _restore(self) -> None:
-        """Can be repeated."""
         for slot, before, value in reversed(self._done):
             if self._rebound or slot.read() is value:
                 slot.write(before)
@@ -525,7 +521,7 @@ class _Walk:
     def _made_of(self, owner: nn.Module, make: Callable[[], Tensor]) -> Tensor:
         """A weight made of ``owner``'s parameters; it stands for those that are listed."""
         only = self.capture._only
-        with _Swaps() as swaps:
+        with _Swaps() as swaps, swaps:
             for part in owner.modules() if only is not None else ():
                 for key, x in part._parameters.items():
                     if x is not None and id(x) not in (only or ()):

@@ -37,8 +37,8 @@ class LargestPart:
         sizes: Number of elements of each part.
 
     Example:
-        >>> float(LargestPart((2, 1))(torch.tensor([3.0, 4.0, 2.0]))) ** 2
-        12.5
+        >>> LargestPart((2, 1))(torch.tensor([3.0, 3.0, -4.0]))
+        tensor(4.)
     """
 
     sizes: tuple[int, ...]
