@@ -22,9 +22,11 @@ from symplectic_adjoint.execution.trace import (
     Compiled,
     Input,
     Linear,
+    Residual,
     Traced,
     TracedField,
     at,
+    behind,
     compiled_loop,
     put,
 )
@@ -152,6 +154,11 @@ class Method:
         work = self.stepper.work
         return (adaptive and work.error_node) or (self.dense and work.dense_node)
 
+    @property
+    def residuals(self) -> Sequence[Residual]:
+        """What is kept of each of the stages ``pulled``."""
+        return () if self.linear is None else self.linear.residuals
+
     @functools.cached_property
     def pulled(self) -> Sequence[int]:
         """The stages whose residuals are kept."""
@@ -178,12 +185,11 @@ class Method:
 
     def records(self, y0: Tensor, tensors: Sequence[Tensor], capacity: int) -> Records:
         """Room for ``capacity`` steps."""
-        residuals = () if self.linear is None else self.linear.residuals
         sizes = self.traced.sizes(y0, tensors)
         kept = [
             residual.record(capacity + (i == 0), sizes, y0.device)
             for i in self.pulled
-            for residual in residuals
+            for residual in self.residuals
         ]
         inner = self.stepper.node - 1
         if self.points and inner:
@@ -199,10 +205,8 @@ class Method:
     def inputs(self, records: Records) -> list[Input]:
         """Records as inputs of a graph."""
         state = self.traced.graph.state_dims
-        after = {d + 1: name for d, name in state.items()}
-        further = {d + 2: name for d, name in state.items()}
-        residuals = () if self.linear is None else self.linear.residuals
-        dims = [x.dims for _ in self.pulled for x in residuals]
+        after, further = behind(state, 1), behind(state, 2)
+        dims = [x.dims for _ in self.pulled for x in self.residuals]
         dims += [further] * (len(records.kept) - len(dims))
         return [
             Input(records.t),
@@ -239,9 +243,8 @@ class Method:
         if not self.points:
             return self.stepper.step(field, start, t[1])
         step = RKStep(start, t[1], t[1] - t[0], [start.node], (), self.stepper.node)
-        count = 0 if self.linear is None else len(self.linear.residuals)
         kept = iter([at(x, n) for x in records.kept])
-        graphs = {i: [next(kept) for _ in range(count)] for i in self.pulled}
+        graphs = {i: [next(kept) for _ in self.residuals] for i in self.pulled}
         for points in kept:
             for i, x in enumerate(points.unbind(), start=1):
                 step.stages.append(Stage(self.stepper.time(step, i), x))

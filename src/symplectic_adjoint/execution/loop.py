@@ -214,9 +214,7 @@ def on_grid(
 
 def _handed(method: Method, records: Records, n: int, adaptive: bool) -> list[Tensor]:
     """The residuals of the slope at state ``n``, where it is handed on."""
-    if method.linear is None or not method.carries(adaptive):
-        return []
-    return [x[n] for x in records.kept[: len(method.linear.residuals)]]
+    return [x[n] for x in records.kept[: len(method.residuals)]] if method.carries(adaptive) else []
 
 
 @dataclass

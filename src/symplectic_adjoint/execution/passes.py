@@ -54,7 +54,7 @@ def _merge(graph: fx.Graph, node: fx.Node) -> None:
     if any(user.target is aten.addmm.default and user.args[0] is node for user in node.users):
         return  # not the last of its chain
     pairs, nodes = _chain(node)
-    if not pairs or sum(_bytes(x) for pair in pairs for x in pair) > SMALL:
+    if not pairs or sum(nbytes(_value(x)) for pair in pairs for x in pair) > SMALL:
         return
     with graph.inserting_before(node):
         a = _joined(graph, [a for a, _ in pairs], 1)
@@ -97,8 +97,8 @@ def _value(node: fx.Node) -> Tensor:
     return value
 
 
-def _bytes(node: fx.Node) -> int:
-    value = _value(node)
+def nbytes(value: Tensor) -> int:
+    """Bytes of a tensor without memory, where sizes that change are as they were at first."""
     sizes: Sequence[Any] = value.shape
     hints = (size if isinstance(size, int) else size.node.hint for size in sizes)
     return value.element_size() * math.prod(hints)

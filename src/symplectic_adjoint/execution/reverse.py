@@ -16,6 +16,7 @@ from symplectic_adjoint.execution.trace import (
     Input,
     TracedField,
     at,
+    behind,
     compiled_loop,
     put,
 )
@@ -187,8 +188,7 @@ def reverse_loop(
 ) -> Reverse:
     """Compile ``(rounds, *lams, *constants, *written) -> (0, *lams)``; see ``Reverse``."""
     state = method.traced.graph.state_dims
-    after = {d + 1: name for d, name in state.items()}
-    further = {d + 2: name for d, name in state.items()}
+    after, further = behind(state, 1), behind(state, 2)
     pairs = list(zip(method.traced.inputs(tensors), method.traced.wanted, strict=True))
     body = Stagewise(method, y0) if method.stagewise else Stepwise(method)
     parts = (records.tensors, cotangents.hits, cotangents.moments, cotangents.nodes, body.tables)

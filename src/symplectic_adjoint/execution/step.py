@@ -18,7 +18,7 @@ from torch import Tensor
 from symplectic_adjoint._types import Time, as_float
 from symplectic_adjoint.execution.forward import Method
 from symplectic_adjoint.execution.loop import Program
-from symplectic_adjoint.execution.trace import Compiled, Input, TracedField, compiled
+from symplectic_adjoint.execution.trace import Compiled, Input, TracedField, behind, compiled
 from symplectic_adjoint.field import DetachedField, Field, RandomState, Stage
 from symplectic_adjoint.steppers import ExplicitRK
 from symplectic_adjoint.steppers._base import (
@@ -207,7 +207,7 @@ def _transpose(
 
     time, dims = _example_time(y0), method.traced.graph.state_dims
     state = Input(y0, dims)
-    further = {d + 1: name for d, name in dims.items()}
+    further = behind(dims, 1)
     inputs = method.traced.inputs(tensors)
     sums = [x for x, want in zip(inputs, method.traced.wanted, strict=True) if want]
     states = [state] * (1 + points + 1 + len(mus))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +24,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from symplectic_adjoint._errors import CompilationError
 from symplectic_adjoint._tree import real_dtype
 from symplectic_adjoint.execution.lift import Graph
-from symplectic_adjoint.execution.partition import partition
-from symplectic_adjoint.execution.passes import SmallProducts
+from symplectic_adjoint.execution.partition import Halves, partition
+from symplectic_adjoint.execution.passes import SmallProducts, nbytes
 from symplectic_adjoint.field import Field, Pullback, Stage
 
 
@@ -42,6 +41,11 @@ class Input:
 
     example: Tensor
     dynamic: Mapping[int, str] = field(default_factory=dict)
+
+
+def behind(dims: Mapping[int, str], lead: int) -> dict[int, str]:
+    """The dimensions whose size may change of a tensor with further dimensions in front."""
+    return {d + lead: name for d, name in dims.items()}
 
 
 @dataclass
@@ -217,8 +221,7 @@ class Traced:
     @functools.cached_property
     def linear(self) -> Linear | None:
         """``value`` and ``pull`` with nothing computed twice; None where they cannot be so cut."""
-        halves = partition(self.pull, cotangent=2)
-        names = self._names()
+        halves, names = self._halves, self._names()
         residuals = [] if halves is None else [_residual(x, names) for x in halves.residuals]
         known = [x for x in residuals if x is not None]
         if halves is None or len(known) < len(residuals):
@@ -228,8 +231,11 @@ class Traced:
     @functools.cached_property
     def held(self) -> int:
         """How many bytes of an evaluation its product reads, at the sizes it was traced with."""
-        halves = partition(self.pull, cotangent=2)
-        return 0 if halves is None else sum(map(_nbytes, halves.residuals))
+        return 0 if self._halves is None else sum(map(nbytes, self._halves.residuals))
+
+    @functools.cached_property
+    def _halves(self) -> Halves | None:
+        return partition(self.pull, cotangent=2)
 
     def _names(self) -> dict[str, str]:
         """The names of the symbols that stand for sizes while operations are recorded."""
@@ -276,12 +282,6 @@ def _residual(x: Tensor, names: Mapping[str, str]) -> Residual | None:
     sizes = [int(n) if str(n).isdecimal() else names.get(str(n)) for n in x.shape]
     known = tuple(n for n in sizes if n is not None)
     return Residual(x.dtype, known) if len(known) == len(sizes) else None
-
-
-def _nbytes(x: Tensor) -> int:
-    sizes: Sequence[Any] = x.shape
-    hints = (n if isinstance(n, int) else n.node.hint for n in sizes)
-    return x.element_size() * math.prod(hints)
 
 
 def _traced(function: Callable[..., Any], inputs: Sequence[Input]) -> fx.GraphModule:
