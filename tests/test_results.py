@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from symplectic_adjoint.experiments.book import NoResultsError, read_book, write_book
+from symplectic_adjoint.experiments.book import PAGES, NoResultsError, read_book, write_book
 from symplectic_adjoint.experiments.config import strategy
 from symplectic_adjoint.experiments.costs import CostsStudy
 from symplectic_adjoint.experiments.density import DensityStudy
@@ -34,6 +35,26 @@ def test_pages_tables_and_figures_are_those_that_the_records_give(tmp_path: Path
             assert new == old, name
         elif path.suffix != ".png":
             assert written[name].read_bytes() == path.read_bytes(), name
+
+
+@pytest.mark.parametrize("name", ["backprop", "symplectic", "continuous", "all"])
+def test_pages_are_made_and_say_so_where_a_strategy_failed_throughout(name: str) -> None:
+    for run in read_book(RESULTS):
+        records = dict(run.records)
+        for cell, record in records.items():
+            if name in (record.settings["strategy"], "all"):
+                records[cell] = replace(record, status="underflow", result=None, timing={})
+        failed = sum(record.result is None for record in records.values())
+        page = PAGES[run.study](run.settings, records)
+        rows = [row for section in page.sections for t in section.tables for row in t.rows]
+        if run.study == "costs":
+            told = [row for row in rows if len(row) == 10 and row[4] is None]  # no peak memory
+            assert ("relative to backprop" in page.markdown()) == (
+                name in ("symplectic", "continuous")
+            )
+        else:
+            told = [row for row in rows if str(row[-1]).endswith("underflow")]
+        assert len(told) == failed > 0, run.study
 
 
 @pytest.mark.parametrize("study", [CostsStudy(), DensityStudy(), SCALES["reduced"]])

@@ -21,10 +21,10 @@ from symplectic_adjoint.experiments.sweep import OK, Record, Run
 
 RECORDS = "records.json"
 
-PAGES: dict[str, Callable[[Run], Page]] = {
-    "costs": lambda run: costs_page(run.settings, list(run.records.values())),
-    "density": lambda run: density_page(run.settings, list(run.records.values())),
-    "physics": lambda run: physics_page(run.settings, run.records),
+PAGES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Record]], Page]] = {
+    "costs": costs_page,
+    "density": density_page,
+    "physics": physics_page,
 }
 """What makes the page of each study, in their order in the book."""
 
@@ -47,15 +47,30 @@ def write_book(runs: Sequence[Run], folder: Path) -> None:
         runs: One run for each study, in any order.
         folder: Where to; what an earlier book left there under the same names is replaced.
     """
+    with style():
+        for name, page in write_index(runs, folder).items():
+            write_page(page, folder / name)
+
+
+def write_index(runs: Sequence[Run], folder: Path) -> dict[str, Page]:
+    """Writes the page over those of finished runs, and the records of each; draws no figure.
+
+    Args:
+        runs: One run for each study, in any order.
+        folder: Where to; the page of each study belongs into the folder of its name there.
+
+    Returns:
+        The pages by study, in their order in the book.
+    """
     ordered = sorted(runs, key=lambda run: list(PAGES).index(run.study))
     with style():
-        pages = {run.study: run.on(PAGES[run.study](run)) for run in ordered}
-        for run in ordered:
-            run.write(folder / run.study / RECORDS)
-            write_page(pages[run.study], folder / run.study)
+        pages = {run.study: run.on(PAGES[run.study](run.settings, run.records)) for run in ordered}
+    for run in ordered:
+        run.write(folder / run.study / RECORDS)
     summary = _summary(ordered, pages)
     write_json(folder / f"{summary.name}.json", summary.to_dict())
     write_bytes(folder / "index.md", _index(ordered, pages, summary).encode())
+    return pages
 
 
 def read_book(folder: Path) -> list[Run]:

@@ -87,7 +87,6 @@ class CostsStudy:
         self.scale = SCALES[scale]
         self.seed = seed
         self.device = device
-        self._data = functools.lru_cache(maxsize=1)(self._generated)
 
     def settings(self) -> dict[str, Any]:
         """See ``Study``."""
@@ -111,21 +110,18 @@ class CostsStudy:
         """See ``Study``."""
         config = CompareConfig.from_dict(cell.settings["config"])
         strategy = cell.settings["strategy"]
-        model = build_model(config, strategy, self._data())
-        batch = batch_of(to_device(self._data().train, config), config, 0)
+        model = build_model(config, strategy, self._data)
+        batch = batch_of(to_device(self._data.train, config), config, 0)
         noise = noise_of(model, batch, config, 0)
         cost = measure_cost(model, Probe(model.state_dict(), batch, noise))
         seconds = seconds_of(
             lambda: gradient_of(model, batch, noise), self.device, self.scale.repeats
         )
-        return Outcome(
-            cost.to_dict(),
-            {"gradient": seconds},
-        )
+        return Outcome(cost.to_dict(), {"gradient": seconds})
 
     def page(self, records: Mapping[str, Record]) -> Page:
         """See ``Study``."""
-        return costs_page(self.settings(), list(records.values()))
+        return costs_page(self.settings(), records)
 
     def _cell(
         self, strategy: str, axis: str, value: int, method: str, components: int, steps: int
@@ -149,7 +145,8 @@ class CostsStudy:
         settings = {**uses, "strategy": strategy, "config": config.to_dict()}
         return Cell(f"{axis}-{value}-{strategy}", settings)
 
-    def _generated(self) -> Dataset:
+    @functools.cached_property
+    def _data(self) -> Dataset:
         return datasets.stand_in(_SET, rows=(self.scale.rows, 2, 2), seed=self.seed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,11 +10,9 @@ from matplotlib.figure import Figure
 
 from symplectic_adjoint.experiments.config import strategy
 from symplectic_adjoint.experiments.pages import Page, Section, Table
-from symplectic_adjoint.experiments.plots import strategy_look, styled
+from symplectic_adjoint.experiments.plots import FLOOR, MEBIBYTE, strategy_look, styled
 from symplectic_adjoint.experiments.sweep import Record
 
-_MEBIBYTE = 2**20
-_FLOOR = 1e-17
 _ALIKE = 2.0
 """Errors of rounding whose ratio is less than this are alike."""
 _AXES = {
@@ -33,14 +32,15 @@ _THEORY = {
 """As in the paper's table, in words; the library keeps the states of all stages unless told to."""
 
 
-def costs_page(settings: Mapping[str, Any], records: Sequence[Record]) -> Page:
+def costs_page(settings: Mapping[str, Any], records: Mapping[str, Record]) -> Page:
     """The report of the study.
 
     Args:
         settings: Those of the study.
-        records: All cells.
+        records: All cells, by name.
     """
-    config = records[0].settings["config"]
+    cells = list(records.values())
+    config = cells[0].settings["config"]
     return Page(
         "What a gradient costs",
         f"Scale: **{settings['scale']}**. One gradient of a flow with fixed steps and untrained "
@@ -48,7 +48,7 @@ def costs_page(settings: Mapping[str, Any], records: Sequence[Record]) -> Page:
         f"{config['data'].upper()} (a stand-in; memory does not depend on the values). Hidden "
         f"layers are {'-'.join(map(str, config['hidden']))} wide. One of M, N and s grows, the "
         "others stay as they are.",
-        [_table(records), _memory(records), _rounding(records)],
+        [_table(cells), _memory(cells), _rounding(cells)],
     )
 
 
@@ -62,7 +62,10 @@ def _table(records: Sequence[Record]) -> Section:
             *_per_use(records, name),
             _relative(records, name),
             *(
-                max(r.result[error] for r in records if r.result and _name(r) == name)
+                max(
+                    (r.result[error] for r in records if r.result and _name(r) == name),
+                    default=None,
+                )
                 for error in ("gradient_error_float64", "gradient_error")
             ),
         )
@@ -110,7 +113,7 @@ def _table(records: Sequence[Record]) -> Section:
         "The symplectic adjoint method obtains the exact gradient, up to rounding, with memory "
         "proportional to the number of uses plus the network size, much less than naive "
         "backpropagation and checkpointing schemes.",
-        [_exactness(records), _work(records)],
+        [_exactness(records), *_work(records)],
         [table],
     )
 
@@ -123,7 +126,7 @@ def _exactness(records: Sequence[Record]) -> str:
                 for r in records
                 if r.result and strategy(_name(r)).exact is exact
             ),
-            default=0.0,
+            default=math.nan,
         )
         for exact in (True, False)
     }
@@ -133,24 +136,20 @@ def _exactness(records: Sequence[Record]) -> str:
     )
 
 
-def _work(records: Sequence[Record]) -> str:
-    high = _ends(records, "steps")[1]
-    memory = {
-        name: record.result["peak_memory"]
-        for name in _names(records)
-        if (record := _at(records, name, "steps", high)) is not None and record.result
-    }
-    told = ", ".join(
-        f"{name} {memory[name] / memory['backprop']:.3f}" for name in memory if name != "backprop"
-    )
-    return f"At N = {high} steps peak memory, relative to backprop's: {told}."
+def _work(records: Sequence[Record]) -> list[str]:
+    high, memory = _last(records, "peak_memory")
+    base = memory.pop("backprop", None)
+    if base is None:
+        return []
+    told = ", ".join(f"{name} {peak / base:.3f}" for name, peak in memory.items())
+    return [f"At N = {high} steps peak memory, relative to backprop's: {told}."]
 
 
 def _memory(records: Sequence[Record]) -> Section:
     rows = [
         (
             *(r.settings[key] for key in ("M", "N", "method", "strategy")),
-            None if r.result is None else r.result["peak_memory"] / _MEBIBYTE,
+            None if r.result is None else r.result["peak_memory"] / MEBIBYTE,
             r.timing.get("gradient"),
             *(
                 None if r.result is None else r.result[name]
@@ -193,14 +192,9 @@ def _memory(records: Sequence[Record]) -> Section:
 
 
 def _rounding(records: Sequence[Record]) -> Section:
-    mine = [r for r in records if r.settings["axis"] == "steps" and r.result]
-    high = _ends(records, "steps")[1]
-    last = {_name(r): r.result["gradient_error"] for r in mine if r.result and _value(r) == high}
-    told = ", ".join(f"{name} {error:.1e}" for name, error in last.items())
-    ratio = max(last.values()) / min(last.values())
     figure = Figure(figsize=(7.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    _lines(axes, records, "steps", lambda r: max(float((r.result or {})["gradient_error"]), _FLOOR))
+    _lines(axes, records, "steps", lambda r: max(float((r.result or {})["gradient_error"]), FLOOR))
     axes.set(xlabel="steps N", ylabel="relative L2 error", title="Gradient error in float32")
     axes.set(xscale="log", yscale="log")
     styled(axes.yaxis)
@@ -209,16 +203,7 @@ def _rounding(records: Sequence[Record]) -> Section:
     return Section(
         "Rounding",
         "The symplectic adjoint method is more robust to rounding errors.",
-        [
-            f"Error of the gradient in float32 after {high} steps: {told}.",
-            f"The largest is {ratio:.1f} times the smallest"
-            + (
-                ": at this scale rounding does not tell the strategies apart, which neither "
-                "confirms the claim nor refutes it."
-                if ratio < _ALIKE
-                else "."
-            ),
-        ],
+        _errors(records),
         figures={
             "costs_rounding": (
                 figure,
@@ -228,6 +213,25 @@ def _rounding(records: Sequence[Record]) -> Section:
             )
         },
     )
+
+
+def _errors(records: Sequence[Record]) -> list[str]:
+    """Errors in float32 at the largest number of steps, and how far apart they are."""
+    high, errors = _last(records, "gradient_error")
+    if not errors:
+        return []
+    told = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    ratio = max(errors.values()) / min(errors.values())
+    alike = (
+        ": at this scale rounding does not tell the strategies apart, which neither confirms the "
+        "claim nor refutes it"
+        if ratio < _ALIKE
+        else ""
+    )
+    return [
+        f"Error of the gradient in float32 after {high} steps: {told}.",
+        f"The largest is {ratio:.1f} times the smallest{alike}.",
+    ]
 
 
 def _grown(records: Sequence[Record], axis: str) -> str:
@@ -244,7 +248,7 @@ def _memory_figure(records: Sequence[Record]) -> Figure:
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     panels = figure.subplots(1, len(_AXES), sharey=True)
     for axes, (axis, (_, label)) in zip(panels, _AXES.items(), strict=True):
-        _lines(axes, records, axis, lambda r: (r.result or {})["peak_memory"] / _MEBIBYTE)
+        _lines(axes, records, axis, lambda r: (r.result or {})["peak_memory"] / MEBIBYTE)
         axes.set(xscale="log", yscale="log", xlabel=label)
         _ticks(axes, records, axis)
     styled(panels[0].yaxis)
@@ -314,6 +318,13 @@ def _at(records: Sequence[Record], name: str, axis: str, value: int) -> Record |
         ),
         None,
     )
+
+
+def _last(records: Sequence[Record], figure: str) -> tuple[int, dict[str, float]]:
+    """The largest number of steps, and a figure of every strategy there."""
+    high = _ends(records, "steps")[1]
+    found = {name: _at(records, name, "steps", high) for name in _names(records)}
+    return high, {name: r.result[figure] for name, r in found.items() if r and r.result}
 
 
 def _growth(records: Sequence[Record], name: str, axis: str) -> float | None:

@@ -188,7 +188,6 @@ class DensityStudy:
             for name in {*self.scale.sets, self.scale.sweep_set} & set(BENCHMARKS):
                 BENCHMARKS[name].locate(folder)
         self._data = functools.lru_cache(maxsize=1)(self._load)
-        self._problem = functools.lru_cache(maxsize=1)(self._freeze)
 
     def settings(self) -> dict[str, Any]:
         """See ``Study``."""
@@ -229,7 +228,7 @@ class DensityStudy:
         config = CompareConfig.from_dict(cell.settings["config"])
         strategy = cell.settings["strategy"]
         if cell.settings["kind"] == "frozen":
-            return self._problem().measure(config, strategy)
+            return self._problem.measure(config, strategy)
         data = prepared(self._data(config.data), config)
         session = Session(config, strategy, data, work.world)
         work.train(session, every=config.checkpoint_every)
@@ -260,19 +259,24 @@ class DensityStudy:
 
     def page(self, records: Mapping[str, Record]) -> Page:
         """See ``Study``."""
-        return density_page(self.settings(), list(records.values()))
+        return density_page(self.settings(), records)
 
     def _cell(
         self, kind: str, name: str, strategy: str, *, together: bool = False, **given: Any
     ) -> Cell:
-        config = replace(self._config(name), strategies=(strategy,))
+        value = given.get("method", "")
         if "atol" in given:
+            value = f"{given['atol']:.0e}"
             given["rtol"] = 100 * given["atol"]
-        config = replace(config, **given)
         steps = self.scale.iterations if kind == "data" else self.scale.sweep_iterations
-        config = replace(config, iterations=steps, evaluate_every=max(5, steps // 10))
-        parts = [f"{given['atol']:.0e}" if "atol" in given else given.get("method", "")]
-        parts = [kind, name, *parts, given.get("dtype", ""), strategy]
+        config = replace(
+            self._config(name),
+            strategies=(strategy,),
+            iterations=steps,
+            evaluate_every=max(5, steps // 10),
+            **given,
+        )
+        parts = (kind, name, value, given.get("dtype", ""), strategy)
         settings = {"kind": kind, "strategy": strategy, "config": config.to_dict()}
         return Cell("-".join(part for part in parts if part), settings, together)
 
@@ -300,7 +304,8 @@ class DensityStudy:
             sweep=(),
         )
 
-    def _freeze(self) -> Frozen:
+    @functools.cached_property
+    def _problem(self) -> Frozen:
         config = replace(
             self._config(self.scale.sweep_set),
             strategies=("symplectic",),

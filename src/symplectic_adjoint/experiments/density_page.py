@@ -10,13 +10,10 @@ from matplotlib.figure import Figure
 
 from symplectic_adjoint.experiments.config import strategy
 from symplectic_adjoint.experiments.pages import Page, Section, Table, shown
-from symplectic_adjoint.experiments.plots import strategy_look, styled
+from symplectic_adjoint.experiments.plots import FLOOR, MEBIBYTE, strategy_look, styled
 from symplectic_adjoint.experiments.recipes import RECIPES
 from symplectic_adjoint.experiments.sweep import OK, Record
 
-_MEBIBYTE = 2**20
-_FLOOR = 1e-17
-"""A logarithmic axis has no zero: what agrees to the last bit is drawn here."""
 _RESOLUTION = 0.01
 """Scores, in nats, closer than this are drawn as equal."""
 _NEAR = 1e-3
@@ -35,15 +32,15 @@ _COSTS = (
 )
 
 
-def density_page(settings: Mapping[str, Any], records: Sequence[Record]) -> Page:
+def density_page(settings: Mapping[str, Any], records: Mapping[str, Record]) -> Page:
     """The report of the study.
 
     Args:
         settings: Those of the study.
-        records: All cells.
+        records: All cells, by name.
     """
     by_kind: dict[str, list[Record]] = {"data": [], "method": [], "frozen": [], "tolerance": []}
-    for record in records:
+    for record in records.values():
         by_kind[record.settings["kind"]].append(record)
     told = (
         "No published files were given: rows of sets named *stand-in* are generated, with the "
@@ -245,7 +242,7 @@ def _costs_figure(records: Sequence[Record]) -> Figure:
             axes.plot(ratios, [place for place, _, _ in both], **look)
         every = [(i + shift, mine[s]) for i, s in enumerate(sets) if s in mine]
         error.plot(
-            [max(_of(r, "gradient_error_float64"), _FLOOR) for _, r in every],
+            [max(_of(r, "gradient_error_float64"), FLOOR) for _, r in every],
             [place for place, _ in every],
             label=name,
             **look,
@@ -256,8 +253,9 @@ def _costs_figure(records: Sequence[Record]) -> Figure:
         styled(axes.xaxis)
     error.set(xscale="log", xlabel="relative L2 error", title="Gradient error in float64")
     memory.set_yticks(range(len(sets)), sets)
-    memory.set_ylim(len(sets) - 0.5, -0.5)
-    figure.legend(*error.get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
+    memory.set_ylim(max(1, len(sets)) - 0.5, -0.5)
+    handles = error.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=max(1, len(names)))
     return figure
 
 
@@ -410,7 +408,7 @@ def _frozen_figure(records: Sequence[Record]) -> Figure:
         records,
         {r.name: _config(r, "atol") for r in records},
         (
-            lambda r: max(_of(r, "gradient_error"), _FLOOR),
+            lambda r: max(_of(r, "gradient_error"), FLOOR),
             lambda r: _of(r, "ode_error"),
             _work,
         ),
@@ -512,7 +510,7 @@ def _sweep_figure(records: Sequence[Record], places: dict[str, float], label: st
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     panels = figure.subplots(1, 3)
     figures: tuple[Callable[[Record], float], ...] = (
-        lambda r: max(_of(r, "gradient_error"), _FLOOR),
+        lambda r: max(_of(r, "gradient_error"), FLOOR),
         lambda r: _of(r, "test_nll"),
         _memory,
     )
@@ -615,7 +613,7 @@ def _of(record: Record, name: str) -> Any:
 
 
 def _memory(record: Record) -> float:
-    return float(_of(record, "peak_memory")) / _MEBIBYTE
+    return float(_of(record, "peak_memory")) / MEBIBYTE
 
 
 def _seconds(record: Record) -> float:

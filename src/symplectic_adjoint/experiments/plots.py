@@ -20,7 +20,10 @@ from symplectic_adjoint.datasets import Dataset
 from symplectic_adjoint.experiments.results import Results, StrategyResult
 from symplectic_adjoint.models import ContinuousFlow
 
-_MEBIBYTE = 2**20
+MEBIBYTE = 2**20
+FLOOR = 1e-17
+"""A logarithmic axis has no zero: what agrees to the last bit is drawn here."""
+
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers say it again.
 _STYLES = {
     "backprop": ("#000000", "o", "-"),
@@ -148,7 +151,7 @@ def costs(measured: Sequence[StrategyResult], dtype: str) -> Figure:
     error.xaxis.set_minor_formatter(NullFormatter())
     error.legend(fontsize=8, loc="upper left", bbox_to_anchor=(-0.02, -0.22), ncols=2)
     colours = [strategy_look(s.name)[0] for s in measured]
-    _bars(memory, [c.peak_memory / _MEBIBYTE for c in costs_], colours, "{:.3g}")
+    _bars(memory, [c.peak_memory / MEBIBYTE for c in costs_], colours, "{:.3g}")
     memory.set(xlabel="MiB", title="Peak memory of one gradient")
     _bars(time, [s.seconds_per_iteration or 0.0 for s in measured], colours, "{:.3g}")
     time.set(xlabel="seconds", title="Time of one iteration (median)")
@@ -163,7 +166,7 @@ def memory_against_steps(measured: Sequence[StrategyResult]) -> Figure:
     axes = figure.subplots()
     for result in measured:
         points = [
-            (point.steps, point.peak_memory / _MEBIBYTE)
+            (point.steps, point.peak_memory / MEBIBYTE)
             for point in result.sweep
             if point.steps is not None and point.peak_memory is not None
         ]
@@ -268,7 +271,7 @@ def styled(axis: Axis) -> None:
 
 def _dots(axes: Axes, values: Sequence[float], marker: str, label: str) -> None:
     # A log axis has no zero: what agrees to the last bit is drawn below all rounding.
-    shown = [max(value, 1e-17) for value in values]
+    shown = [max(value, FLOOR) for value in values]
     axes.plot(shown, range(len(shown)), ls="", marker=marker, ms=6, label=label, color=_DOT[marker])
 
 

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from symplectic_adjoint._errors import UnknownNameError
-from symplectic_adjoint.experiments.book import read_book, write_book
+from symplectic_adjoint.experiments.book import read_book, write_book, write_index
 from symplectic_adjoint.experiments.console import watcher
 from symplectic_adjoint.experiments.costs import CostsStudy
 from symplectic_adjoint.experiments.density import DensityStudy
@@ -164,7 +164,8 @@ def everything(
     )
     report = pages or out / "report"
     with _running() as (messages, stop, world):
-        sweeps = [Sweep(study := make(), out / study.name, world) for make in studies]
+        made = [make() for make in studies]
+        sweeps = [Sweep(x, out / x.name, world, report / x.name) for x in made]
         begun = world.agree([sweep.folder.holds_run() for sweep in sweeps])
         for sweep, before in zip(sweeps, begun, strict=True):
             # One that was stopped before it began is begun; where none was begun, resuming fails.
@@ -175,7 +176,7 @@ def everything(
             with watcher(messages) as watching:
                 sweep.run(watching, stop)
         if world.first:
-            write_book([sweep.finished() for sweep in sweeps], report)
+            write_index([sweep.finished() for sweep in sweeps], report)
             typer.echo(f"Report: {report / 'index.md'}")
 
 

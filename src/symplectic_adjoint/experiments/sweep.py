@@ -237,9 +237,12 @@ class Sweep:
         study: The study.
         path: The folder.
         world: The processes that share the work; one of them writes.
+        report: Folder of the page; without, one inside.
     """
 
-    def __init__(self, study: Study, path: Path, world: World = ALONE) -> None:
+    def __init__(
+        self, study: Study, path: Path, world: World = ALONE, report: Path | None = None
+    ) -> None:
         self.study = study
         self.world = world
         self.folder = Folder(
@@ -247,7 +250,7 @@ class Sweep:
             kind=f"symplectic-adjoint reproduce {study.name}",
             folders=("cells", "checkpoints", "report"),
         )
-        self.report = path / "report"
+        self.report = report or path / "report"
 
     def prepare(self, *, resume: bool, overwrite: bool) -> None:
         """Starts the folder, or makes sure that it holds a run of this study to continue.
