@@ -95,24 +95,23 @@ def budgets(title: str, points: Sequence[Mapping[str, Any]]) -> bytes:
 
     Args:
         title: What was solved.
-        points: With ``"name"``, ``"resident"``, ``"forward"``, ``"backward"``, ``"retaken"`` and
-            ``"steps"``; the first takes no step again, and says what is expected of the others.
+        points: With ``"name"``, ``"resident"``, and the seconds that it took (``"measured"``), that
+            it should have taken with its steps taken again (``"expected"``), and with the fewest
+            possible of them (``"fewest"``).
     """
-    base = points[0]
-    step = base["forward"] / base["steps"]
     x = [p["resident"] for p in points]
-    whole = base["forward"] + base["backward"]
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
-        measured = [p["forward"] + p["backward"] for p in points]
+        measured, expected, fewest = (
+            [p[name] for p in points] for name in ("measured", "expected", "fewest")
+        )
         axes.plot(x, measured, "o", color=_COLOURS["ours"], label="measured")
-        expected = [whole + p["retaken"] * step for p in points]
         axes.plot(x, expected, "_", markersize=16, color="#000000", label="by the steps retaken")
-        fewest = [whole + p["optimum"] * step for p in points]
         axes.plot(x, fewest, color="#777777", linewidth=1.0, label="by the fewest possible")
-        for p, y in zip(points, measured, strict=True):
-            axes.annotate(p["name"], (p["resident"], y), (0, 8), textcoords="offset points")
+        for p in points:
+            place = p["resident"], p["measured"]
+            axes.annotate(p["name"], place, (0, 8), textcoords="offset points")
         axes.set_title(f"{title}: time against memory")
         axes.set_xlabel("growth of resident memory")
         axes.set_ylabel("forward and backward")

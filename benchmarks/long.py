@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import symplectic_adjoint as sa
 from benchmarks.resident import lower_peak, peak_resident
+from symplectic_adjoint.gradients import Strategy
 
 
 @dataclass(frozen=True)
@@ -49,29 +51,48 @@ class Long:
         """The network and the initial state, always the same."""
         return _problem(self.double, self.batch)
 
-    def run(self) -> tuple[dict[str, Any], Tensor]:
-        """Solve and differentiate: what it took, and the gradient of everything as one vector."""
-        field, y0 = self.problem()
-        grid = sa.FixedGrid(step_size=1 / self.steps)
-        started = time.perf_counter()
-        solution = sa.solve(
-            field,
-            y0,
+    def differentiate(self, gradient: Strategy) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+        """Solve and differentiate under a strategy; see ``differentiated``."""
+        return differentiated(
+            *self.problem(),
             [0.0, 1.0],
             method="rk4",
-            controller=grid,
-            gradient=self.gradient,
+            controller=sa.FixedGrid(step_size=1 / self.steps),
+            gradient=gradient,
             execution=self.execution,
         )
-        between = time.perf_counter()
-        grads = torch.autograd.grad(solution.y[-1].square().mean(), [y0, *field.parameters()])
-        took = {
-            "steps": solution.stats.accepted,
-            "forward": between - started,
-            "backward": time.perf_counter() - between,
-            "retaken": solution.stats.backward_retaken,
-        }
+
+    def run(self) -> tuple[dict[str, Any], Tensor]:
+        """Solve and differentiate: what it took, and the gradient of everything as one vector."""
+        took, grads = self.differentiate(self.gradient)
         return took, torch.cat([g.reshape(-1).double() for g in grads])
+
+
+def differentiated(
+    field: nn.Module, y0: Tensor, t: Sequence[float], **options: Any
+) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+    """A solve and the gradient of its end: what both took, and the gradients.
+
+    Args:
+        field: The network.
+        y0: The initial state, which requires grad.
+        t: Start and end.
+        **options: As of ``solve``.
+
+    Returns:
+        Steps, seconds, and steps taken again; the gradients of the state and the parameters.
+    """
+    started = time.perf_counter()
+    solution = sa.solve(field, y0, t, **options)
+    between = time.perf_counter()
+    grads = torch.autograd.grad(solution.y[-1].square().mean(), [y0, *field.parameters()])
+    took = {
+        "steps": solution.stats.accepted,
+        "forward": between - started,
+        "backward": time.perf_counter() - between,
+        "retaken": solution.stats.backward_retaken,
+    }
+    return took, grads
 
 
 @functools.cache

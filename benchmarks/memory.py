@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -13,14 +15,17 @@ from typing import Any
 import torch
 
 import symplectic_adjoint as sa
-from benchmarks.long import Long, measured
+from benchmarks.long import Long, differentiated, measured
 from benchmarks.suite import Report, machine
+from symplectic_adjoint import steppers
 from symplectic_adjoint.checkpoints import binomial
+from symplectic_adjoint.checkpoints.rows import SLACK
 from symplectic_adjoint.gradients import Strategy
-from symplectic_adjoint.gradients._budget import ENTRY
+from symplectic_adjoint.gradients._budget import ENTRY, STEP
 from symplectic_adjoint.memory import peak_memory
 
 MIB = 2**20
+RK4 = steppers.get("rk4")
 ALL = 10**12  # a budget that holds everything
 ROUNDS = 7
 BUDGETS = (2, 4, 16, 64)
@@ -67,8 +72,7 @@ def _ratios(steps: int, rounds: int, report: Report) -> dict[str, Any]:
             strategies = {s for mine, base, _ in pairs.values() for s in (mine, base)}
             report(f"ratios, batch {batch}")
             seconds = _interleaved(
-                {s: lambda s=s, long=long: _solved(long, s) for s in strategies},  # type: ignore[misc]
-                rounds,
+                {s: functools.partial(long.differentiate, s) for s in strategies}, rounds
             )
             for name, (mine, base, most) in pairs.items():
                 found[f"{name}, batch {batch}"] = {
@@ -95,15 +99,6 @@ def _interleaved(runs: Mapping[Any, Callable[[], object]], rounds: int) -> dict[
     return seconds
 
 
-def _solved(long: Long, strategy: Strategy) -> int:
-    """Solve and differentiate; how many steps were taken again."""
-    field, y0 = long.problem()
-    grid = sa.FixedGrid(step_size=1 / long.steps)
-    sol = sa.solve(field, y0, [0.0, 1.0], method="rk4", controller=grid, gradient=strategy)
-    torch.autograd.grad(sol.y[-1].square().mean(), [y0, *field.parameters()])
-    return sol.stats.backward_retaken
-
-
 # Peaks -------------------------------------------------------------------------------------------
 
 
@@ -115,14 +110,14 @@ def _peaks(steps: int, report: Report) -> list[dict[str, Any]]:
         report(f"peak within {budget or 'the smallest budget'}")
         memory = budget or smallest(long)
         strategy = sa.Symplectic("graph", memory=memory)
-        peak = peak_memory(lambda strategy=strategy: _solved(long, strategy))  # type: ignore[misc]
+        peak = peak_memory(functools.partial(long.differentiate, strategy))
         found.append(
             {
                 "budget": memory,
                 "smallest": budget is None,
                 "peak": peak,
                 "evaluation": evaluation,
-                "retaken": _solved(long, strategy),
+                "retaken": long.differentiate(strategy)[0]["retaken"],
             }
         )
     return found
@@ -140,7 +135,7 @@ def smallest(long: Long) -> int:
     memory = 1
     while True:
         try:
-            _solved(long, sa.Symplectic("graph", memory=memory))
+            long.differentiate(sa.Symplectic("graph", memory=memory))
         except sa.MemoryBudgetError as error:
             memory = error.needed
         else:
@@ -166,12 +161,11 @@ def _plan(name: str, steps: int, rounds: int, report: Report) -> dict[str, Any]:
     report(f"plan: {name}")
     plan = sa.plan_memory(field, y0, t, **options)
 
-    def solved(strategy: Strategy) -> None:
-        sol = sa.solve(field, y0, t, gradient=strategy, **options)
-        torch.autograd.grad(sol.y[-1].square().mean(), [y0, *field.parameters()])
-
     runs = {
-        setting.name: lambda setting=setting: solved(setting.gradient) for setting in plan.settings
+        setting.name: functools.partial(
+            differentiated, field, y0, t, gradient=setting.gradient, **options
+        )
+        for setting in plan.settings
     }
     seconds = {name: median(times) for name, times in _interleaved(runs, rounds).items()}
     fastest = min(seconds.values())
@@ -219,16 +213,11 @@ def within(long: Long, states: int) -> int:
     """A budget for so many states."""
     field, y0 = long.problem()
     try:
-        replace(long, memory=1).gradient.ledger(_rk4(), y0, 2, list(field.parameters()))
+        replace(long, memory=1).gradient.ledger(RK4, y0, 2, list(field.parameters()))
     except sa.MemoryBudgetError as error:
-        return int(error.needed + 48 * long.steps + 1.06 * states * (y0.nbytes + ENTRY))
+        held = states * (y0.nbytes + ENTRY) * SLACK / (SLACK - 1)
+        return error.needed + STEP * long.steps + math.ceil(held)
     raise AssertionError("a byte is enough")
-
-
-def _rk4() -> Any:
-    from symplectic_adjoint import steppers
-
-    return steppers.get("rk4")
 
 
 def theory(long: Long) -> dict[str, Any]:
@@ -237,7 +226,7 @@ def theory(long: Long) -> dict[str, Any]:
     Griewank and Walther 2000, theorem 1; the first pass over the steps is not counted.
     """
     field, y0 = long.problem()
-    ledger = long.gradient.ledger(_rk4(), y0, 2, list(field.parameters()))
+    ledger = long.gradient.ledger(RK4, y0, 2, list(field.parameters()))
     if ledger is None:
         return {"slots": long.steps, "optimum": 0}
     size = y0.nbytes + ENTRY
@@ -257,12 +246,12 @@ def million(rounds: int | None, quick: bool, report: Report) -> dict[str, Any]:
     # Less than the limit by what the heap holds beside it, however many the steps.
     steps, limit = (2_000, 8 * MIB) if quick else (1_000_000, 256 * MIB)
     memory = limit - 4 * MIB
-    prefix = replace(Long(min(steps, 2_000), double=True), execution="eager")
+    prefix = Long(min(steps, 2_000), double=True)
     report(f"exactness of {prefix.steps} steps")
     _, everything = prefix.run()
     took, thinned = replace(prefix, memory=6 * MIB).run()
     live = Long(prefix.steps, memory=4 * MIB)
-    peak = peak_memory(lambda: live.run())
+    peak = peak_memory(live.run)
     report(f"{steps} steps within {limit} bytes")
     long = Long(steps, memory=memory, execution="step")
     return {

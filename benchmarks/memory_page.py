@@ -28,7 +28,17 @@ def images(results: dict[str, Any]) -> dict[str, bytes]:
     if "curve" not in results:
         return {}
     found = results["curve"]
-    return {FIGURE: figures.budgets(f"{found['steps']} steps", found["points"])}
+    base = found["points"][0]
+    points = [
+        {
+            **p,
+            "measured": p["forward"] + p["backward"],
+            "expected": base["forward"] + expected(p, base),
+            "fewest": base["forward"] + expected({**p, "retaken": p["optimum"]}, base),
+        }
+        for p in found["points"]
+    ]
+    return {FIGURE: figures.budgets(f"{found['steps']} steps", points)}
 
 
 def _name(results: dict[str, Any]) -> str:

@@ -539,8 +539,9 @@ def test_one_size_is_measured_for_every_peer_that_can() -> None:
     [
         (command.FLOOR, command.FLOOR_PAGE, floor_page.markdown),
         (command.SCALING, command.SCALING_PAGE, scaling_page.markdown),
+        (command.BUDGETS, command.BUDGETS_PAGE, memory_page.markdown),
     ],
-    ids=["floor", "scaling"],
+    ids=["floor", "scaling", "budgets"],
 )
 def test_the_other_pages_are_what_their_results_say(
     data: Path, page: Path, markdown: Callable[[dict[str, Any]], str]
