@@ -244,6 +244,7 @@ def learned(strategy: str) -> Figures:
         width=6,
         trajectories=2,
         snapshots=4,
+        horizon=3,
         learning_rate=0.05,
         tolerance=1e-8,
     )
