@@ -101,7 +101,7 @@ def test_assimilation_example_recovers_the_initial_field() -> None:
 
 def test_pendulum_example_identifies_the_pendulum() -> None:
     example = load(EXAMPLES / "pendulum_identification.py")
-    found = example.fit(example.measured())
+    found = example.fit(example.measured(), iterations=8)
     guess = example.angles(example.GUESS) - example.measured()
     assert float(guess.square().mean().sqrt()) > 10 * example.NOISE
     assert found.misfit[-1] < 1.1 * example.NOISE

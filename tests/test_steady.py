@@ -231,6 +231,44 @@ def test_what_does_not_come_to_rest_is_said_with_the_time() -> None:
         sa.steady_state(lambda t, y: torch.ones_like(y), zeros(1))
 
 
+def test_no_step_is_attempted_beyond_their_greatest_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[int] = []
+
+    def counted(*args: Any, **options: Any) -> sa.Solution:
+        attempts.append(0)
+        sol = sa.solve(*args, **options)
+        attempts[-1] = sol.stats.accepted + sol.stats.rejected
+        return sol
+
+    monkeypatch.setattr("symplectic_adjoint.steady.solve", counted)
+    sa.steady_state(switch, zeros(1), args=(SWITCH,))
+    few = attempts[:2]
+    assert len(attempts) > 2
+    attempts.clear()
+    with pytest.raises(sa.SteadyStateError, match=f"max_steps = {sum(few)};"):
+        sa.steady_state(switch, zeros(1), args=(SWITCH,), max_steps=sum(few))
+    assert attempts == few
+
+
+def test_a_derivative_that_products_alone_do_not_reach_is_an_error() -> None:
+    """The Jacobian is singular, which no matrix shows; the start is a root already."""
+    p, tangent = torch.tensor(0.0).double().requires_grad_(), torch.ones(()).double()
+
+    def root(p: Tensor) -> Tensor:
+        func = lambda t, y: torch.stack([y[1] - 2 * y[0] + p, 2 * y[0] - y[1]])  # noqa: E731
+        start = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        y: Tensor = sa.steady_state(func, start, method=None, newton=Newton(dense_below=0))
+        return y
+
+    with pytest.raises(sa.NonlinearSolveError, match=r"the transposed linear system .* GMRES"):
+        root(p).sum().backward()
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(sa.NonlinearSolveError, match=r"the linear system .* GMRES"),
+    ):
+        root(torch.autograd.forward_ad.make_dual(p.detach(), tangent))
+
+
 def test_a_root_that_newton_does_not_find_is_an_error() -> None:
     with pytest.raises(sa.SteadyStateError, match=r"Newton's method found no steady state"):
         sa.steady_state(lambda t, y: y**2 + 1, zeros(1) + 0.4, method=None)

@@ -34,7 +34,7 @@ class _Correction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
-            return transposed(ctx.system, g), None, None
+            return inverse(ctx.system, g, transposed=True), None, None
         (residual,) = ctx.saved_tensors
         return _solved(g, residual, ctx.system, True, ctx.order - 1), None, None
 
@@ -53,27 +53,27 @@ class _Solved(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        r: Tensor, anchor: Tensor, system: StageSystem, backwards: bool, order: int
+        r: Tensor, anchor: Tensor, system: StageSystem, transposed: bool, order: int
     ) -> Tensor:
-        return transposed(system, r) if backwards else system.solve(r)
+        return inverse(system, r, transposed=transposed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        r, anchor, ctx.system, ctx.backwards, ctx.order = inputs
+        r, anchor, ctx.system, ctx.transposed, ctx.order = inputs
         ctx.save_for_backward(r, anchor)
         ctx.save_for_forward(r, anchor)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return _Solved.further(ctx, g, not ctx.backwards), None, None, None, None
+        return _Solved.further(ctx, g, not ctx.transposed), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor:
         zero = torch.zeros_like(ctx.saved_tensors[0])
-        return _Solved.further(ctx, zero if tangent is None else tangent, ctx.backwards)
+        return _Solved.further(ctx, zero if tangent is None else tangent, ctx.transposed)
 
     @staticmethod
-    def further(ctx: Any, r: Tensor, backwards: bool) -> Tensor:
+    def further(ctx: Any, r: Tensor, transposed: bool) -> Tensor:
         """The derivative of one order more."""
         if ctx.order == 0:
             raise SecondDerivativeError(
@@ -82,7 +82,7 @@ class _Solved(torch.autograd.Function):
                 "implicit method have first ones under backprop, second and third ones under all "
                 "other strategies, and higher ones are there with explicit methods"
             )
-        return _solved(r, ctx.saved_tensors[1], ctx.system, backwards, ctx.order - 1)
+        return _solved(r, ctx.saved_tensors[1], ctx.system, transposed, ctx.order - 1)
 
 
 correction: Callable[..., Tensor] = _Correction.apply
@@ -91,17 +91,18 @@ correction: Callable[..., Tensor] = _Correction.apply
 _solved: Callable[..., Tensor] = _Solved.apply
 
 
-def transposed(system: StageSystem, rhs: Tensor) -> Tensor:
-    """``M^{-T} rhs``.
+def inverse(system: StageSystem, rhs: Tensor, *, transposed: bool) -> Tensor:
+    """``M^{-1} rhs``, or ``M^{-T} rhs``.
 
     Raises:
         NonlinearSolveError: It was not found.
     """
+    solve = system.solve_transposed if transposed else system.solve
     try:
-        return system.solve_transposed(rhs.detach())
+        return solve(rhs.detach())
     except NoConvergence as error:
         raise NonlinearSolveError(
-            "the transposed linear system of an implicit equation was not solved: GMRES stalled at "
-            f"{error.size:.3g} times its rounding. Raise Newton(krylov=...), or let the Jacobian "
-            "be dense with Newton(dense_below=...)."
+            f"the {'transposed ' if transposed else ''}linear system of an implicit equation was "
+            f"not solved: GMRES stalled at {error.size:.3g} times its rounding. Raise "
+            "Newton(krylov=...), or let the Jacobian be dense with Newton(dense_below=...)."
         ) from None

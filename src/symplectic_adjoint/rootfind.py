@@ -184,7 +184,11 @@ class StageSystem:
         self.is_dense = real_size(k) <= options.dense_below
 
     def solve(self, r: Tensor, tolerance: float | None = None) -> Tensor:
-        """``M^{-1} r`` for ``r`` of shape (m, ...); to rounding where no tolerance is given."""
+        """``M^{-1} r`` for ``r`` of shape (m, ...); to rounding where no tolerance is given.
+
+        Raises:
+            NoConvergence: Without a tolerance, GMRES stalled far from rounding.
+        """
         return self._solved(r, self._product, False, tolerance)
 
     def solve_transposed(self, r: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def steady_state(
             components is conserved.
         NonFiniteError: ``y0`` or ``func`` there is not finite.
         SolveError: The integration failed otherwise.
-        NonlinearSolveError: In the backward pass: GMRES did not converge.
+        NonlinearSolveError: In the backward pass or in forward mode: GMRES did not converge.
         SecondDerivativeError: In the backward pass: a derivative beyond ``order`` was asked for.
 
     Example:
@@ -261,7 +261,7 @@ class _Descent:
             return self.equation.root(y, self.rtol, self.atol)
         size = torch.linalg.vector_norm(y) + self.atol / self.rtol
         first = span = _FIRST * float(size / torch.linalg.vector_norm(rate))
-        while passed < _DECADES * first:
+        while left > 0 and passed < _DECADES * first:
             y, steps = self._integrated(y, span, passed, left)
             passed, left = passed + span, left - steps
             span, rate = (_GROWTH - 1) * passed, self.equation.rate(y)
@@ -282,7 +282,7 @@ class _Descent:
                     method=self.method,
                     rtol=self.rtol,
                     atol=self.atol,
-                    controller=Adaptive(max_steps=max(left, 1)),
+                    controller=Adaptive(max_steps=left),
                 )
         except StepLimitError:
             raise self._restless(y, equation.rate(y), passed) from None

@@ -46,7 +46,7 @@ from symplectic_adjoint._types import as_float
 from symplectic_adjoint.dense import Interpolant
 from symplectic_adjoint.dense import linear as straight
 from symplectic_adjoint.field import Field, GraphField, RandomState, Stage, TangentField
-from symplectic_adjoint.implicit import correction, transposed
+from symplectic_adjoint.implicit import correction, inverse
 from symplectic_adjoint.rootfind import (
     Jacobian,
     Measure,
@@ -193,7 +193,7 @@ class ImplicitRK(RungeKutta):
         jacobians = [_jacobian(field, s.graph.x, s.graph.k) for s in stages if s.graph is not None]
         system = StageSystem(self.coupling(block, sweep.h), jacobians, self.newton)
         rhs = torch.stack([torch.zeros_like(known[0]) if x is None else x for x in right])
-        return transposed(system, rhs).unbind()
+        return inverse(system, rhs, transposed=True).unbind()
 
     def coupling(self, block: range, h: float) -> list[list[float]]:
         """``h A`` within a block."""
@@ -256,7 +256,7 @@ class _Equations:
         method = self.method
         measure = Measure(method.newton, method.rtol, method.atol, start, self.h)
         try:
-            return newton(self.method.newton, torch.zeros_like(start), evaluate, measure)
+            return newton(method.newton, torch.zeros_like(start), evaluate, measure)
         except NoConvergence as error:
             values = self._values()
             if error.iterations == 1 and not bool(torch.isfinite(values).all()):
