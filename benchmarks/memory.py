@@ -217,18 +217,20 @@ def curve(rounds: int | None, quick: bool, report: Report) -> dict[str, Any]:
 
 def within(long: Long, states: int) -> int:
     """A budget for so many states."""
-    field, y0 = long.problem()
+    _, y0 = long.problem()
     try:
-        replace(long, memory=1).gradient.ledger(_rk4(), y0, 2, list(field.parameters()))
+        _ledger(replace(long, memory=1))
     except sa.MemoryBudgetError as error:
-        return int(error.needed + 48 * long.steps + 1.06 * states * (y0.nbytes + ENTRY))
+        return int(error.needed + 1.06 * states * (y0.nbytes + ENTRY))
     raise AssertionError("a byte is enough")
 
 
-def _rk4() -> Any:
+def _ledger(long: Long) -> Any:
     from symplectic_adjoint import steppers
 
-    return steppers.get("rk4")
+    field, y0 = long.problem()
+    parameters = list(field.parameters())
+    return long.gradient.ledger(steppers.get("rk4"), y0, 2, parameters, long.steps)
 
 
 def theory(long: Long) -> dict[str, Any]:
@@ -236,10 +238,10 @@ def theory(long: Long) -> dict[str, Any]:
 
     Griewank and Walther 2000, theorem 1; the first pass over the steps is not counted.
     """
-    field, y0 = long.problem()
-    ledger = long.gradient.ledger(_rk4(), y0, 2, list(field.parameters()))
+    ledger = _ledger(long)
     if ledger is None:
         return {"slots": long.steps, "optimum": 0}
+    _, y0 = long.problem()
     size = y0.nbytes + ENTRY
     ledger.settle(ledger.plan, long.steps, 0, size)
     slots = int(ledger.plan.capacity) // size
