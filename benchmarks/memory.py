@@ -21,11 +21,10 @@ from symplectic_adjoint import steppers
 from symplectic_adjoint.checkpoints import binomial
 from symplectic_adjoint.checkpoints.rows import SLACK
 from symplectic_adjoint.gradients import Strategy
-from symplectic_adjoint.gradients._budget import ENTRY, STEP
+from symplectic_adjoint.gradients._budget import ENTRY
 from symplectic_adjoint.memory import peak_memory
 
 MIB = 2**20
-RK4 = steppers.get("rk4")
 ALL = 10**12  # a budget that holds everything
 ROUNDS = 7
 BUDGETS = (2, 4, 16, 64)
@@ -211,13 +210,19 @@ def curve(rounds: int | None, quick: bool, report: Report) -> dict[str, Any]:
 
 def within(long: Long, states: int) -> int:
     """A budget for so many states."""
-    field, y0 = long.problem()
+    _, y0 = long.problem()
     try:
-        replace(long, memory=1).gradient.ledger(RK4, y0, 2, list(field.parameters()))
+        _ledger(replace(long, memory=1))
     except sa.MemoryBudgetError as error:
         held = states * (y0.nbytes + ENTRY) * SLACK / (SLACK - 1)
-        return error.needed + STEP * long.steps + math.ceil(held)
+        return error.needed + math.ceil(held)
     raise AssertionError("a byte is enough")
+
+
+def _ledger(long: Long) -> Any:
+    field, y0 = long.problem()
+    parameters = list(field.parameters())
+    return long.gradient.ledger(steppers.get("rk4"), y0, 2, parameters, long.steps)
 
 
 def theory(long: Long) -> dict[str, Any]:
@@ -225,10 +230,10 @@ def theory(long: Long) -> dict[str, Any]:
 
     Griewank and Walther 2000, theorem 1; the first pass over the steps is not counted.
     """
-    field, y0 = long.problem()
-    ledger = long.gradient.ledger(RK4, y0, 2, list(field.parameters()))
+    ledger = _ledger(long)
     if ledger is None:
         return {"slots": long.steps, "optimum": 0}
+    _, y0 = long.problem()
     size = y0.nbytes + ENTRY
     ledger.settle(ledger.plan, long.steps, 0, size)
     slots = int(ledger.plan.capacity) // size

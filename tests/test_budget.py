@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import tracemalloc
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,16 @@ import torch
 from torch import Tensor, nn
 
 import symplectic_adjoint as sa
+from symplectic_adjoint import steppers
+from symplectic_adjoint.checkpoints import Device
+from symplectic_adjoint.checkpoints.actions import What
+from symplectic_adjoint.checkpoints.schedules import Thinning
+from symplectic_adjoint.field import Stage
 from symplectic_adjoint.gradients import Strategy
-from symplectic_adjoint.gradients._budget import ENTRY, STEP
+from symplectic_adjoint.gradients._budget import ENTRY, STEP, settle_nothing
+from symplectic_adjoint.gradients._ledger import Ledger
 from symplectic_adjoint.memory import peak_memory
+from symplectic_adjoint.steppers.explicit_rk import RKState, RKStep
 from tests.problems import Case, case, loss, worst
 from tests.test_stores import file_size_limit, open_files
 
@@ -45,7 +53,7 @@ def smallest(run: Callable[[sa.Symplectic], Any], store: str = "stages") -> int:
 
 def budgets(least: int, state: int) -> Iterable[int]:
     """From the least room there may be to room for everything."""
-    return [least + STEPS * STEP + (state + ENTRY) * more for more in (1, 6, 1000)]
+    return [least + (state + ENTRY) * more for more in (1, 6, 1000)]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +84,43 @@ def test_the_gradient_is_the_same_within_every_budget(method: str, store: str) -
         retaken.append(again)
     assert retaken[0] > retaken[1] > retaken[2] == 0
     assert retaken[3] == 0 if store == "graph" else STEPS / 3 < retaken[3] < 2 * STEPS
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4", "dopri5", "implicit_midpoint"])
+def test_the_budget_that_an_error_on_a_fixed_grid_names_is_the_least_that_does(method: str) -> None:
+    problem = case(times=(0.0, 0.31, 1.2))
+    run = functools.partial(gradients, problem, method=method, controller=GRID)
+    (wanted, _), _ = run(sa.Symplectic())
+    least = smallest(run)
+    found, again = run(sa.Symplectic(memory=least))
+    assert worst(found[0], wanted)[0] <= 1e-12
+    assert again == STEPS * (STEPS - 1) // 2  # from the one state that fits
+    with pytest.raises(sa.MemoryBudgetError, match=f"after {STEPS} steps") as caught:
+        run(sa.Symplectic(memory=least - 1))
+    assert caught.value.needed == least
+
+
+def test_an_event_may_come_before_a_budget_is_used_up_by_the_steps_of_a_grid() -> None:
+    y0 = torch.ones(2, dtype=torch.float64, requires_grad=True)
+
+    def run(strategy: Strategy) -> sa.Solution:
+        grid = sa.FixedGrid(step_size=1e-4)
+        event = lambda t, y: t - 9e-4  # noqa: E731
+        return sa.solve(
+            lambda t, y: -y, y0, [0.0, 1.0], controller=grid, event=event, gradient=strategy
+        )
+
+    assert run(sa.Symplectic(memory=smallest(run) + 10 * STEP)).status is sa.Status.EVENT
+
+
+@pytest.mark.parametrize("method", ["euler", "implicit_midpoint", "explicit_adams"])
+def test_steps_without_stages_of_their_own_are_kept_elsewhere(method: str, tmp_path: Path) -> None:
+    problem = case(times=(0.0, 0.31, 1.2))
+    run = functools.partial(gradients, problem, method=method, controller=GRID)
+    (wanted, _), _ = run(sa.Symplectic())
+    found, again = run(sa.Symplectic("stages", place=sa.Disk(tmp_path)))
+    assert again == 0
+    assert worst(found[0], wanted)[0] == worst(found[1], wanted)[0] == 0
 
 
 @pytest.mark.parametrize("place", ["disk", "host", "device"])
@@ -111,7 +156,7 @@ def test_an_adaptive_solve_with_jumps_outputs_and_an_event_is_thinned_exactly() 
 
     (wanted, _), _ = run(sa.Symplectic())
     counts = []
-    for memory in budgets(smallest(run) + 24 * STEP, 9 * 8):
+    for memory in budgets(smallest(run) + (24 + STEPS) * STEP, 9 * 8):
         found, again = run(sa.Symplectic(memory=memory))
         assert worst(found[0], wanted)[0] <= 1e-12
         assert worst(found[1], wanted)[0] <= 1e-12
@@ -161,7 +206,7 @@ def test_random_numbers_are_drawn_again_when_steps_are_taken_again() -> None:
 
     wanted, _ = run(sa.Symplectic())
     tokens = STEPS * 4 * torch.get_rng_state().nbytes
-    found, again = run(sa.Symplectic(memory=smallest(run) + tokens + STEPS * STEP + 4 * ENTRY))
+    found, again = run(sa.Symplectic(memory=smallest(run) + tokens + 4 * ENTRY))
     assert again > STEPS / 2
     assert torch.equal(found, wanted)
     with pytest.raises(sa.MemoryBudgetError, match=r"too few.*after \d+ steps"):
@@ -235,7 +280,7 @@ def test_the_measured_peak_stays_within_the_budget_and_one_evaluation(
         torch.autograd.grad(sol.y.sum(), [y0, *net.parameters()])
         return sol.stats.backward_retaken
 
-    least = smallest(run) + 40 * STEP + y0.nbytes
+    least = smallest(run) + y0.nbytes
     room = one_evaluation(net)
     more = [5, 90] if store == "stages" else [90, 8 * width, 20 * width]
     for memory in [least, *(least + states * y0.nbytes for states in more)]:
@@ -244,6 +289,26 @@ def test_the_measured_peak_stays_within_the_budget_and_one_evaluation(
         # The budget is used where it is needed.
         if run(sa.Symplectic(store, memory=memory)):
             assert peak >= 0.5 * memory
+
+
+def test_the_books_of_steps_that_come_and_go_take_no_more_than_is_counted() -> None:
+    y, stepper = torch.zeros(8), steppers.get("euler")
+    stage = Stage(0.0, y)
+    step = RKStep(RKState(0.0, y, stage), 1.0, 1.0, [stage, stage], (), 1)
+
+    def peak(slots: int) -> float:
+        schedule = Thinning(slots * (ENTRY + y.nbytes))
+        ledger = Ledger(stepper, schedule, [Device().open()], What.STATE, settle_nothing)
+        tracemalloc.start()
+        for n in range(8 * slots):
+            ledger.took(n, step, None)
+        found = tracemalloc.get_traced_memory()[1] / slots
+        tracemalloc.stop()
+        assert len(ledger.where) == slots
+        return found
+
+    peak(10)  # loads what is loaded once
+    assert ENTRY / 2 < peak(1400) < ENTRY
 
 
 def test_graphs_are_kept_as_far_as_they_fit_and_save_their_evaluations() -> None:

@@ -167,6 +167,9 @@ def test_all_takes_no_step_again_and_keeps_every_one() -> None:
             machine, again = executed(All(what), steps, Sizes(1, 3, 10))
             assert again == 0
             assert machine.peak["all"] == steps * (1, 3, 10)[what]
+            machine, again = executed(All(what), steps, Sizes(2))
+            assert again == 0
+            assert machine.peak["all"] == 2 * steps
 
 
 @pytest.mark.parametrize("slots", [0, 1, 2, 5])

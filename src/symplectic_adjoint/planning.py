@@ -30,7 +30,7 @@ from symplectic_adjoint.checkpoints.schedules import Sizes
 from symplectic_adjoint.controllers import Controller, FixedGrid
 from symplectic_adjoint.field import RandomState
 from symplectic_adjoint.gradients import Backprop, Strategy, Symplectic
-from symplectic_adjoint.gradients._budget import ENTRY, STEP
+from symplectic_adjoint.gradients._budget import ENTRY
 from symplectic_adjoint.memory import peak_memory
 from symplectic_adjoint.problem import as_times
 from symplectic_adjoint.steppers import ImplicitRK, Stepper
@@ -387,24 +387,24 @@ def _budgeted(
     state = round(slopes["states"].bytes) + ENTRY
     try:
         problem_needs = 0
-        _ledger(problem, Symplectic(memory=1))
+        _ledger(problem, Symplectic(memory=1), steps)
     except MemoryBudgetError as error:
         problem_needs = error.needed
-    root = problem_needs + STEP * steps + math.ceil(2.1 * math.sqrt(steps)) * state
+    root = problem_needs + math.ceil(2.1 * math.sqrt(steps)) * state
     found = {"square root": Symplectic(memory=root), "logarithm": Symplectic(memory="least")}
     return found | {f"memory={budget!r}": Symplectic(memory=budget) for budget in budgets}
 
 
-def _ledger(problem: _Problem, strategy: Symplectic) -> Any:
+def _ledger(problem: _Problem, strategy: Symplectic, steps: int) -> Any:
     sums = [x for x in Capture(problem.func, problem.args).tensors if x.requires_grad]
-    return strategy.ledger(problem.stepper, problem.flat, len(problem.t), sums)
+    return strategy.ledger(problem.stepper, problem.flat, len(problem.t), sums, steps)
 
 
 def _scheduled(
     problem: _Problem, strategy: Symplectic, steps: int, slopes: dict[str, _Slope]
 ) -> _Cost:
     """Runs the schedule of a budget without a solver."""
-    ledger = _ledger(problem, strategy)
+    ledger = _ledger(problem, strategy, steps)
     states, stages = slopes["states"], slopes["stages"]
     if ledger is None:
         return _Cost(stages.peak(steps), steps * (stages.forward + stages.backward), 0)

@@ -245,7 +245,7 @@ def _filled(first: int, end: int) -> Iterator[Action]:
 
 @dataclass(frozen=True)
 class All:
-    """Keeps ``what`` of every step; none is taken again."""
+    """Keeps ``what`` of every step, or the most that a step offers; none is taken again."""
 
     what: What = What.STATE
 
@@ -259,7 +259,8 @@ class _All(_Plan):
         self.what = what
 
     def decide(self, step: int, sizes: Sizes) -> Iterator[Action]:
-        yield self.keep(step, self.what, sizes.of(self.what))
+        what = min(self.what, sizes.most())
+        yield self.keep(step, what, sizes.of(what))
 
 
 @dataclass(frozen=True)

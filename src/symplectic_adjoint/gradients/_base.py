@@ -273,7 +273,9 @@ class Strategy:
         """Where the compiled loop begins to sum the gradients of a captured tensor."""
         return torch.zeros_like(like)
 
-    def ledger(self, stepper: Stepper, y0: Tensor, outputs: int, sums: Sequence[Tensor]) -> Any:
+    def ledger(
+        self, stepper: Stepper, y0: Tensor, outputs: int, sums: Sequence[Tensor], steps: int = 0
+    ) -> Any:
         """Who keeps the steps, where that follows a schedule; otherwise None.
 
         Args:
@@ -281,6 +283,7 @@ class Strategy:
             y0: The initial state.
             outputs: Number of output times.
             sums: What the captured tensors' gradients are like, for those that have one.
+            steps: How many steps will be taken at least, as far as that is known beforehand.
 
         Raises:
             MemoryBudgetError: There is less memory than any schedule needs.

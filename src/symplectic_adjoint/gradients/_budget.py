@@ -27,8 +27,11 @@ _UNITS = {"B": 1} | {
 STEP = 48
 """Bytes that each step leaves: its times, on the grid and in the solution, and its outputs."""
 
-ENTRY = 1024
-"""Bytes that the books take for each step of which something is kept, beside its tensors."""
+ENTRY = 1536
+"""Bytes that the books take for each step of which something is kept, beside its tensors.
+
+Entries that come and go let the tables of a dict grow to six times as many rows as there are.
+"""
 
 
 def parsed(memory: int | str | None) -> int | str | None:
@@ -90,6 +93,7 @@ class Budget:
         outputs: int,
         sums: Sequence[Tensor],
         ahead: int,
+        steps: int,
     ) -> Budget:
         """The budget of a solve.
 
@@ -100,6 +104,7 @@ class Budget:
             outputs: Number of output times.
             sums: Tensors that take as much as the sums of the captured tensors' gradients.
             ahead: How many steps are in memory on their way to or from a store.
+            steps: How many steps will be taken at least.
 
         Raises:
             MemoryBudgetError: Not one state can be kept.
@@ -110,7 +115,7 @@ class Budget:
         fixed = states * y0.nbytes + sum(x.nbytes for x in sums)
         total = int(AUTO * free(y0.device)) if isinstance(memory, str) else memory
         budget = Budget(total, fixed)
-        budget.left(0, 0, y0.nbytes + ENTRY)
+        budget.left(steps, 0, y0.nbytes + ENTRY)
         return budget
 
     def settle(self, plan: Plan, steps: int, traces: int, state: int) -> None:

@@ -361,7 +361,9 @@ def _ledger(job: Job) -> Ledger | None:
     """
     sums = [x for x in job.capture.tensors if x.requires_grad]
     y0, outputs = job.problem.y0.detach(), len(job.problem.times)
-    ledger: Ledger | None = job.strategy.ledger(job.stepper, y0, outputs, sums)
+    # An event may end a solve before the end of its grid.
+    steps = 0 if job.grid is None or job.events else len(job.grid) - 1
+    ledger: Ledger | None = job.strategy.ledger(job.stepper, y0, outputs, sums, steps)
     if ledger is not None and job.keep_dense:
         raise ArgumentError(
             f"dense=True keeps every step, which gradient={job.strategy!r} is not to do; leave one "

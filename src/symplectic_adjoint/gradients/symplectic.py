@@ -150,7 +150,7 @@ class Symplectic(Strategy):
         return DetachedField(func, like, aliases, capture)
 
     def ledger(
-        self, stepper: Stepper, y0: Tensor, outputs: int, sums: Sequence[Tensor]
+        self, stepper: Stepper, y0: Tensor, outputs: int, sums: Sequence[Tensor], steps: int = 0
     ) -> Ledger | None:
         if not self._limited:
             return None
@@ -159,7 +159,8 @@ class Symplectic(Strategy):
         settle = settle_logarithm if memory == "least" else settle_nothing
         if memory == "auto" or isinstance(memory, int):
             copies = 1 if self.accumulate == "inplace" else 3
-            settle = Budget.of(memory, stepper, y0, outputs, list(sums) * copies, ahead).settle
+            sums = list(sums) * copies
+            settle = Budget.of(memory, stepper, y0, outputs, sums, ahead, steps).settle
             if isinstance(self.place, Host) and y0.device.type == "cpu":
                 raise ArgumentError(
                     "place=Host() is the memory in which a solve on the CPU works, so that a "
