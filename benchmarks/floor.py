@@ -55,13 +55,13 @@ def _one(problem: Problem, peers: Sequence[Peer], rounds: int, report: Report) -
     records, bounds = _prepare(problem, peers, report)
     series = _series(problem)
     every = {**bounds, **{name: bound for name, (bound, _) in series.items()}}
-    seconds = interleave(every, rounds, lambda text: report(f"{problem.name}: {text}"))
+    times = interleave(every, rounds, lambda text: report(f"{problem.name}: {text}"))
     units = {
-        name: [s / calls for s in seconds[name] if s is not None]
+        name: [s / calls for s in times[name].seconds if s is not None]
         for name, (_, calls) in series.items()
     }
     for name in bounds:
-        records[name].seconds = seconds[name]
+        records[name].seconds = times[name].seconds
     return {
         "name": problem.name,
         "title": problem.describe(),

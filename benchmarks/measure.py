@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class Record:
         reference: What the errors are measured against.
         first: Seconds of the first run, which compiles; None for what is not compiled.
         seconds: Times of the rounds.
+        cores: Processor time of all rounds in their whole time: how many cores were at work.
     """
 
     peer: str
@@ -59,6 +60,7 @@ class Record:
     reference: str | None = None
     first: float | None = None
     seconds: list[float | None] = field(default_factory=list)
+    cores: float | None = None
 
     @property
     def time(self) -> float | None:
@@ -118,7 +120,7 @@ def examine(peer: Peer, problem: Problem, bound: Bound, ode_gradient: Tensor) ->
     """
     record = Record(peer.name, remark=peer.remark(problem), reference=peer.reference_note)
     if peer.compiled:
-        record.first = _timed(bound)
+        record.first, _ = _timed(bound)
     value, grid = count(peer, problem, record)
     if peer.compiled:
         value = bound.gradient()
@@ -164,9 +166,16 @@ def resident_growth(peer: str, problem: Problem) -> int | None:
     return int(answer.stdout) if answer.returncode == 0 else None
 
 
+class Times(NamedTuple):
+    """Seconds of each round, None in those that a slow peer sat out; and how many cores worked."""
+
+    seconds: list[float | None]
+    cores: float
+
+
 def interleave(
     bounds: Mapping[str, Bound], rounds: int, report: Callable[[str], None]
-) -> dict[str, list[float | None]]:
+) -> dict[str, Times]:
     """Times one solve, loss and gradient of every peer, round by round.
 
     Each round begins one peer further, so that no peer always runs after the same one.
@@ -177,26 +186,35 @@ def interleave(
         report: Told the progress.
 
     Returns:
-        Seconds by peer and round; None in the rounds that a slow peer sat out.
+        The times by peer.
     """
-    warm = {name: _timed(bound) for name, bound in bounds.items()}
+    warm = {name: _timed(bound)[0] for name, bound in bounds.items()}
     names = list(bounds)
     seconds: dict[str, list[float | None]] = {name: [] for name in names}
+    worked = dict.fromkeys(names, 0.0)
     for index in range(rounds):
         report(f"round {index + 1} of {rounds}")
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
-            out = warm[name] > SLOW and index > 0
-            seconds[name].append(None if out else _timed(bounds[name]))
-    return seconds
+            if warm[name] > SLOW and index > 0:
+                seconds[name].append(None)
+                continue
+            took, work = _timed(bounds[name])
+            seconds[name].append(took)
+            worked[name] += work
+    return {
+        name: Times(times, worked[name] / sum(s for s in times if s is not None))
+        for name, times in seconds.items()
+    }
 
 
-def _timed(bound: Bound) -> float:
+def _timed(bound: Bound) -> tuple[float, float]:
+    """Seconds of one run, and of the processor."""
     bound.clear()
     gc.collect()
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     bound.run()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - worked
 
 
 def split(bound: Bound) -> tuple[float, float] | None:

@@ -53,35 +53,57 @@ def _conditions(quick: bool) -> dict[str, Any]:
 
 def _ratios(steps: int, rounds: int, report: Report) -> dict[str, Any]:
     """Times against those of another strategy, by what is asked for."""
+    backprop, fastest = sa.Backprop(), sa.Symplectic(memory="fastest")
+    stages = sa.Symplectic("stages", memory=ALL)
     with tempfile.TemporaryDirectory() as folder:
         disk = sa.Disk(folder)
-        pairs: dict[str, tuple[Strategy, Strategy, float]] = {
-            "a budget that holds everything": (
-                sa.Symplectic("graph", memory=ALL),
-                sa.Backprop(),
+        pairs: dict[str, tuple[_Entry, _Entry, float]] = {
+            "everything": (("eager", fastest), ("eager", backprop), 1.05),
+            "everything, within a budget": (
+                ("eager", sa.Symplectic(memory=ALL)),
+                ("eager", backprop),
                 1.05,
             ),
-            "a budget that holds all stages": (sa.Symplectic(memory=ALL), sa.Backprop(), 1.4),
-            "states on disk": (sa.Symplectic("steps", place=disk), sa.Symplectic("steps"), 1.3),
-            "stages on disk": (sa.Symplectic(place=disk), sa.Symplectic(), 1.3),
+            "everything, compiled": (("loop", fastest), ("loop", backprop), 1.05),
+            "all stages, within a budget": (("eager", stages), ("eager", backprop), 1.4),
+            # Of a compiled step there is no graph that plain backpropagation could keep.
+            "all stages, within a budget, compiled": (("step", stages), ("eager", backprop), 1.4),
+            "states on disk": (
+                ("eager", sa.Symplectic("steps", place=disk)),
+                ("eager", sa.Symplectic("steps")),
+                1.3,
+            ),
+            "stages on disk": (
+                ("eager", sa.Symplectic(place=disk)),
+                ("eager", sa.Symplectic()),
+                1.3,
+            ),
         }
         found = {}
         for batch in (16, 256):
             long = Long(steps, batch=batch)
-            strategies = {s for mine, base, _ in pairs.values() for s in (mine, base)}
+            entries = {entry for mine, base, _ in pairs.values() for entry in (mine, base)}
             report(f"ratios, batch {batch}")
             seconds = _interleaved(
-                {s: functools.partial(long.differentiate, s) for s in strategies}, rounds
+                {
+                    (tier, s): functools.partial(replace(long, execution=tier).differentiate, s)
+                    for tier, s in entries
+                },
+                rounds,
             )
             for name, (mine, base, most) in pairs.items():
                 found[f"{name}, batch {batch}"] = {
-                    "base": type(base).__name__ if base == sa.Backprop() else "in memory",
+                    "base": "backprop" if base[1] == backprop else "in memory",
                     "seconds": median(seconds[mine]),
                     "base_seconds": median(seconds[base]),
                     "ratio": median(seconds[mine]) / median(seconds[base]),
                     "most": most,
                 }
         return found
+
+
+_Entry = tuple[str, Strategy]
+"""A tier of execution, and what is kept."""
 
 
 def _interleaved(runs: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, list[float]]:

@@ -133,9 +133,9 @@ def _points(problem: Problem, peers: Sequence[Peer], rounds: int) -> dict[str, d
                 bounds[peer.name] = bound
             except Exception as error:  # a peer's defect is a finding, not the end of the run
                 points[peer.name] = {"steps": None, "peak": None, "fails": brief(error)}
-    seconds = interleave(bounds, rounds, lambda text: None)
+    timed = interleave(bounds, rounds, lambda text: None)
     for name, point in points.items():
-        times = [s for s in seconds.get(name, []) if s is not None]
+        times = [s for s in timed[name].seconds if s is not None] if name in timed else []
         parts = [split(bounds[name]) for _ in range(rounds)] if name in bounds else []
         phases = [part for part in parts if part is not None]
         point["seconds"] = median(times) if times else None

@@ -79,8 +79,8 @@ def measure(
             report(f"{problem.name}: {name}, resident memory")
             records[name].resident = resident_growth(name, problem)
     times = interleave(bounds, rounds, lambda text: report(f"{problem.name}: {text}"))
-    for name, seconds in times.items():
-        records[name].seconds = seconds
+    for name, (seconds, cores) in times.items():
+        records[name].seconds, records[name].cores = seconds, cores
     return list(records.values())
 
 

@@ -19,6 +19,7 @@ _HEAD = (
     "ratio",
     "a step",
     "ratio",
+    "cores",
     "peak",
     "peak ratio",
     "resident",
@@ -156,6 +157,7 @@ def _row(record: Record, baseline: Record) -> tuple[str, ...]:
         number(time_ratio(record, baseline), ".2f"),
         seconds(record.step),
         number(step_ratio(record, baseline), ".2f"),
+        number(record.cores, ".1f"),
         size(record.peak),
         number(ratio(record.peak, baseline.peak), ".3f"),
         size(record.resident),
@@ -252,8 +254,10 @@ the final one where nothing else is said) and backward pass: the median of round
 of a table run one after the other in one process, each round beginning one peer further. The
 **ratio** beside it is the median of the ratios to {BASELINE} within the rounds, which slow changes
 of the machine do not touch. **A step** is the time divided by the accepted steps, with its ratio:
-peers choose different steps at the same tolerance. **Compile** is by how much the first run of what
-is compiled took longer than later ones, with empty caches. It counts in no other column.
+peers choose different steps at the same tolerance. **Cores** is the processor time of all rounds
+in their whole time; where PyTorch was held to one thread, XLA was, too. **Compile** is by how much
+the first run of what is compiled took longer than later ones, with empty caches. It counts in no
+other column.
 
 **Peak** is the largest number of bytes that tensors held at one time during forward and backward,
 above what was live before: the allocator's own events, read by `symplectic_adjoint.peak_memory`.

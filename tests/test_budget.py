@@ -311,6 +311,27 @@ def test_the_books_of_steps_that_come_and_go_take_no_more_than_is_counted() -> N
     assert ENTRY / 2 < peak(1400) < ENTRY
 
 
+def test_the_dial_begins_with_graphs_wherever_they_can_be_kept() -> None:
+    problem = case(times=(0.0, 0.31, 1.2))
+
+    def evaluations(strategy: sa.Symplectic, **options: Any) -> int:
+        sol = problem.solve(gradient=strategy, controller=GRID, **options)
+        loss(sol.y).backward()
+        return sol.stats.backward_evaluations
+
+    stages = evaluations(sa.Symplectic())
+    assert stages > 3 * STEPS
+    for memory in ("fastest", "auto", "1GB"):
+        assert evaluations(sa.Symplectic(memory=memory)) == 0
+        assert evaluations(sa.Symplectic("stages", memory=memory)) == stages
+        # Compiled steps keep no graphs; steps of implicit methods have none.
+        assert evaluations(sa.Symplectic(memory=memory), execution="step") == stages
+        implicit = {"method": "implicit_midpoint"}
+        assert evaluations(sa.Symplectic(memory=memory), **implicit) == evaluations(
+            sa.Symplectic(), **implicit
+        )
+
+
 def test_graphs_are_kept_as_far_as_they_fit_and_save_their_evaluations() -> None:
     problem = case(times=(0.0, 0.31, 1.2), hidden=50, batch=20)
     evaluations = []

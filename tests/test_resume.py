@@ -131,7 +131,7 @@ def test_how_much_is_kept_and_where_may_change_between_two_runs(tmp_path: Path) 
     strategies = [
         sa.Symplectic("steps"),
         sa.Symplectic(memory="least"),
-        sa.Symplectic(memory="4KB"),
+        sa.Symplectic(memory="5KB"),
         sa.Symplectic("graph", memory="20KB"),
         sa.Symplectic(place=sa.Disk(tmp_path / "disk")),
     ]

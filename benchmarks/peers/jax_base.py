@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from benchmarks.problems.fields import Convolution, Field, Hamiltonian, Hutchins
 
 Array = Any
 Params = list[Array]
+_ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 Func = Callable[[Params, Array], Array]
 """A vector field: of (parameters, state)."""
 
@@ -63,6 +65,7 @@ class JaxPeer(Peer):
         """
 
     def bind(self, instance: Instance) -> Bound:
+        _hold_to_threads()
         program = _Program(self, instance)
         return Bound(
             program.run,
@@ -76,6 +79,13 @@ class JaxPeer(Peer):
 
     def reference(self, instance: Instance, grid: Tensor | None) -> Bound | None:
         return Ours("backprop").reference(instance, grid)
+
+
+def _hold_to_threads() -> None:
+    """Hold XLA to one thread where PyTorch is; it reads its flags when JAX is first used."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if torch.get_num_threads() == 1 and _ONE_THREAD not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_ONE_THREAD}".strip()
 
 
 class _Program:

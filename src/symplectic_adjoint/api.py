@@ -118,6 +118,7 @@ def solve(
     strategy = gradients.get(default_gradient(method) if gradient is None else gradient)
     stepper = within(resolved_stepper(method, strategy), rtol, atol)
     strategy.check(stepper)
+    strategy = strategy.fitted(stepper)
     if strategy.folder is not None:
         execution = _eager(execution)
     events = listed(event)

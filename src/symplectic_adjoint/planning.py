@@ -397,6 +397,7 @@ def _budgeted(
 
 def _ledger(problem: _Problem, strategy: Symplectic, steps: int) -> Any:
     sums = [x for x in Capture(problem.func, problem.args).tensors if x.requires_grad]
+    strategy = strategy.fitted(problem.stepper)
     return strategy.ledger(problem.stepper, problem.flat, len(problem.t), sums, steps)
 
 
@@ -405,29 +406,54 @@ def _scheduled(
 ) -> _Cost:
     """Runs the schedule of a budget without a solver."""
     ledger = _ledger(problem, strategy, steps)
-    states, stages = slopes["states"], slopes["stages"]
     if ledger is None:
-        return _Cost(stages.peak(steps), steps * (stages.forward + stages.backward), 0)
-    more = max(round(stages.bytes - states.bytes), 0)
+        fastest = slopes.get("graphs", slopes["stages"])
+        return _Cost(fastest.peak(steps), steps * (fastest.forward + fastest.backward), 0)
+    states = slopes["states"]
     state = problem.flat.nbytes
-    parts = (ENTRY + state, ENTRY + state + more) if more else (ENTRY + state,)
-    sizes, held = Sizes(*parts), _Held((state, state + more))
+    held = _Held(_bytes(state, slopes, ledger.most))
+    sizes = Sizes(*(ENTRY + x for x in held.bytes))
+    graphs = held.bytes[What.GRAPH] - state if len(held.bytes) > What.GRAPH else 0
+    ledger.settle(ledger.plan, 0, 0, 0)
+    keeping = 0 < 2 * graphs <= ledger.plan.capacity
+    peak = 0
     for n in range(steps):
         ledger.settle(ledger.plan, n + 1, 0, sizes.state)
+        if keeping:
+            ledger.plan.capacity = max(ledger.plan.capacity - graphs, sizes.state)
+            peak = max(peak, held.now + graphs)
+        else:
+            sizes = sizes._replace(graph=None)
         for action in ledger.plan.took(n, sizes):
             held.follow(action)
+        keeping = keeping and held.what.get(n) == What.GRAPH
     for action in ledger.plan.reverse(steps):
         held.follow(action)
     times = steps * (states.bytes - state)
     work = problem.stepper.work
     # A step taken again is neither rejected nor judged.
     again = min((work.inner + work.node) / max(states.evaluations, 1.0), 1.0)
-    seconds = (
-        (steps + again * held.retaken) * states.forward
-        + held.from_stages * stages.backward
-        + (steps - held.from_stages) * states.backward
+    seconds = (steps + again * held.retaken) * states.forward + sum(
+        count * slopes[name].backward
+        for name, count in zip(_KEPT, held.reversed, strict=True)
+        if count
     )
-    return _Cost(states.fixed + max(times, 0.0) + held.peak, seconds, held.retaken)
+    seconds += held.graphs * (slopes["graphs"].forward - states.forward) if held.graphs else 0
+    peak = max(peak, held.peak)
+    return _Cost(states.fixed + max(times, 0.0) + peak, seconds, held.retaken)
+
+
+_KEPT = ("states", "stages", "graphs")
+"""The names of the slopes in the order of ``What``."""
+
+
+def _bytes(state: int, slopes: dict[str, _Slope], most: What) -> list[int]:
+    """What a step takes in each way to keep it, as far as ``most`` and as they differ."""
+    found = [state]
+    for name in _KEPT[1 : most + 1]:
+        more = round(slopes[name].bytes - slopes["states"].bytes)
+        found.append(max(state + more, found[-1]))
+    return found if found[-1] > state else found[:1]
 
 
 class _Held:
@@ -436,14 +462,16 @@ class _Held:
     def __init__(self, bytes_: Sequence[int]) -> None:
         self.bytes = bytes_
         self.what: dict[int, What] = {}
-        self.now = self.peak = self.retaken = self.from_stages = 0
-        self.restored = False
+        self.now = self.peak = self.retaken = self.graphs = 0
+        self.reversed = [0, 0, 0]
+        self.restored = What.STATE
 
     def follow(self, action: Any) -> None:
         """Note what an action changes."""
         match action:
             case Keep(step, what):
                 self.what[step] = what
+                self.graphs += what == What.GRAPH
                 self.now += self.bytes[what]
                 self.peak = max(self.peak, self.now)
             case Reduce(step, what):
@@ -452,19 +480,19 @@ class _Held:
             case Drop(step):
                 self.now -= self.bytes[self.what.pop(step)]
             case Restore(step):
-                self.restored = self.what[step] == What.STAGES
+                self.restored = self.what[step]
             case Advance(first, stop):
                 self.retaken += stop - first
-                self.restored = False
+                self.restored = What.STATE
             case Reverse():
-                self.from_stages += self.restored
+                self.reversed[self.restored] += 1
 
 
 def _written(strategy: Strategy) -> str:
     """A strategy as it is written down, its defaults left out."""
     if isinstance(strategy, Symplectic):
         memory = "" if strategy.memory is None else f"memory={strategy.memory!r}"
-        store = "" if strategy.store == "stages" else f"{strategy.store!r}"
+        store = "" if strategy.store is None else f"{strategy.store!r}"
         return f"Symplectic({memory or store})"
     return repr(strategy)
 

@@ -44,7 +44,7 @@ def get(gradient: str | Strategy) -> Strategy:
 
     Example:
         >>> get("symplectic")
-        Symplectic(store='stages', accumulate='inplace', memory=None, place=None, folder=None)
+        Symplectic(store=None, accumulate='inplace', memory=None, place=None, folder=None)
     """
     if isinstance(gradient, Strategy):
         return gradient

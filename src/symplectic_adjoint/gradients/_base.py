@@ -247,6 +247,14 @@ class Strategy:
                 f"{stepper.name!r}; leave method out, or choose gradient='symplectic'"
             )
 
+    def fitted(self, stepper: Stepper) -> Strategy:
+        """Itself, with what it leaves open decided for a method."""
+        return self
+
+    def without_graphs(self) -> Strategy:
+        """Itself, or what is nearest to it, for steps of which no graph can be kept."""
+        return self
+
     def admit(self, inputs: Sequence[Tensor]) -> None:
         """Refuse inputs of which the strategy cannot give gradients.
 

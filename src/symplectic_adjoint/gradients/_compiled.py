@@ -220,7 +220,10 @@ def stepped(job: Job, func: Any) -> tuple[Solution, SolveError | None]:
     before = seconds_spent()
     bound = _bound(job, func)
     stepper = CompiledRK(cast("ExplicitRK", job.stepper), bound)
-    solution, error = execute(replace(job, func=bound, capture=bound, stepper=stepper))
+    strategy = job.strategy.without_graphs()
+    solution, error = execute(
+        replace(job, func=bound, capture=bound, stepper=stepper, strategy=strategy)
+    )
     solution.stats.compile_seconds = seconds_spent() - before
     return solution, error
 

@@ -43,7 +43,8 @@ class Symplectic(Strategy):
         store: ``"steps"`` keeps the state at each step, as in the paper, and computes the
             stages again; ``"stages"`` keeps the stages as well, which saves one evaluation a stage;
             ``"graph"`` keeps the autograd graph of every stage, which saves all evaluations and
-            none of the memory.
+            none of the memory. By default the stages; under a budget or ``memory="fastest"`` the
+            graph, where the method has one to keep and it may lie on the state's device.
         accumulate: How the parameters' gradients are summed over the stages: ``"inplace"`` in their
             own dtype; ``"float64"``; or ``"compensated"``, in their own dtype with the rounding
             errors carried along. The latter two hold several copies of the parameters at a time.
@@ -54,8 +55,8 @@ class Symplectic(Strategy):
             then the states are thinned. What is missing is computed again from the recorded times:
             the gradient stays the same. ``"auto"`` takes 0.8 of the memory that is free,
             ``"least"`` keeps about as many states as the logarithm of the number of steps,
-            ``"fastest"`` and None keep what ``store`` says of every step. The matrices of implicit
-            methods come on top.
+            ``"fastest"`` and None keep what ``store`` says of every step. Compiled steps keep no
+            graphs. The matrices of implicit methods come on top.
         place: Where what is kept lies: ``Device()``, ``Host()``, ``Disk(folder)`` or, inexactly,
             ``Rounded(dtype, place)``. With a budget that which does not fit goes there, and no step
             is thinned. By default everything lies on the state's device.
@@ -78,7 +79,7 @@ class Symplectic(Strategy):
         (tensor(0.3679), True)
     """
 
-    store: Literal["steps", "stages", "graph"] = "stages"
+    store: Literal["steps", "stages", "graph"] | None = None
     accumulate: Literal["inplace", "float64", "compensated"] = "inplace"
     memory: int | str | None = None
     place: Place | None = None
@@ -95,9 +96,24 @@ class Symplectic(Strategy):
         limited = self.place is not None or parsed(self.memory) not in (None, "fastest")
         return limited or self.folder is not None
 
+    @property
+    def _store(self) -> str:
+        return self.store or "stages"
+
+    def fitted(self, stepper: Stepper) -> Symplectic:
+        """Itself with the most that a method lets it keep, where it leaves that open."""
+        if self.store is not None:
+            return self
+        held = self.place is None and self.folder is None and not isinstance(stepper, ImplicitRK)
+        graphs = held and parsed(self.memory) not in (None, "least")
+        return replace(self, store="graph" if graphs else "stages")
+
+    def without_graphs(self) -> Symplectic:
+        return replace(self, store="stages") if self.store == "graph" else self
+
     def __post_init__(self) -> None:
         parsed(self.memory)
-        if self.store not in _STORES:
+        if self.store not in (None, *_STORES):
             raise UnknownNameError("store", self.store, _STORES)
         if self.accumulate not in _SUMS:
             raise UnknownNameError("accumulate", self.accumulate, _SUMS)
@@ -109,9 +125,9 @@ class Symplectic(Strategy):
         if self.accumulate == "compensated":
             return None
         if self._limited:
-            return None if self.store == "graph" else "schedule"
+            return "schedule"
         kept: dict[str, Keeps] = {"steps": "states", "stages": "points", "graph": "residuals"}
-        return kept[self.store]
+        return kept[self._store]
 
     def zeros(self, like: Tensor) -> Tensor:
         dtype = torch.float64 if self.accumulate == "float64" else like.dtype
@@ -166,7 +182,7 @@ class Symplectic(Strategy):
                     "place=Host() is the memory in which a solve on the CPU works, so that a "
                     "budget could not limit it; use place=Disk(folder), or leave memory= out"
                 )
-        most = What(_STORES.index(self.store))
+        most = What(_STORES.index(self._store))
         if self.place is None:
             return Ledger(stepper, Thinning(math.inf), [Device().open()], most, settle)
         stores = [Device().open(), self.place.open()]
@@ -176,7 +192,7 @@ class Symplectic(Strategy):
         return _SUMS[self.accumulate](aliases)
 
     def keep(self, stepper: Stepper, n: int, step: Any) -> Record:
-        saved = stepper.save(step, stages=self.store != "steps")
+        saved = stepper.save(step, stages=self._store != "steps")
         if self.store != "graph":
             return Record(saved)
         return Record(saved, [stage.graph for stage in stepper.stages(step)])
@@ -218,7 +234,7 @@ class Symplectic(Strategy):
         stages = shape.stages(work)
         if self.store == "graph":
             return Counts(0, stages)
-        if self.store == "stages":
+        if self._store == "stages":
             return Counts(stages, stages)
         again = shape.accepted * work.points + shape.dense * work.dense_points + shape.further
         return Counts(stages + again + shape.dense_ends * work.points_node, stages)
