@@ -328,7 +328,7 @@ def results(*records: Record) -> dict[str, Any]:
 def test_tables_show_gaps_as_dashes_and_name_who_did_not_run() -> None:
     full = results(record("ours/aca"))
     row = next(line for line in tables.plain(full).splitlines() if line.startswith("ours/aca"))
-    assert " ".join(row.split()) == "ours/aca 1.00 s - 250 ms - 100 B - - 4 - - - - - -"
+    assert " ".join(row.split()) == "ours/aca 1.00 s - 250 ms - - 100 B - - 4 - - - - - -"
     assert "| ours/aca | 1.00 s |" in tables.markdown(full)
     refused = results(Record("zuko/adjoint", refused="zuko is not installed"))
     for text in (tables.plain(refused), tables.markdown(refused)):

@@ -659,3 +659,38 @@ def test_compiled_steps_are_thinned_and_taken_again_exactly() -> None:
         assert (grad - want).norm() <= 1e-14 * want.norm()
     with pytest.raises(sa.CompilationError, match="schedule"):
         sa.solve(func, y0, [0.0, 1.0], execution="loop", gradient=sa.Symplectic(memory="least"))
+
+
+def test_tanh_in_float32_is_accurate_to_rounding_and_that_of_torch_in_float64() -> None:
+    sizes = (1e-30, 1e-6, 1e-3, 0.1, 1.0, 5.0, 50.0)
+    x = torch.cat([size * torch.randn(10**5) for size in sizes])
+    x = torch.cat([x, torch.tensor([math.inf, -math.inf, math.nan, 0.0])])
+    for dtype, bound in ((torch.float32, 4e-7), (torch.float64, 4e-16)):
+        given = x.to(dtype)
+        (found,) = compiled(lambda x: [x.tanh()], [Input(given)]).call(given)
+        wanted = given.double().tanh()
+        assert float((found / wanted - 1).abs().nan_to_num().max()) <= bound
+        assert float(found.abs().nan_to_num().max()) == 1.0
+        assert found[-4:].tolist()[:2] == [1.0, -1.0]
+        assert math.isnan(found[-2])
+        assert float(found[-1]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"), [(128, 64, 8), (64, 128, 2), (20, 50, 43), (8, 64, 64), (5, 3, 1)]
+)
+def test_products_of_narrow_matrices_are_the_same_and_as_contiguous(
+    rows: int, inner: int, columns: int
+) -> None:
+    a, b = torch.randn(rows, inner).double(), torch.randn(inner, columns).double()
+    for dims in ({}, {0: "batch"}):
+        run = compiled(
+            lambda a, b: [a @ b, (a @ b).tanh() @ b.T, 2 * (a @ b).T],
+            [Input(a, dims), Input(b)],
+        )
+        for given in [a, torch.cat([a, a])] if dims else [a]:
+            found = run.call(given, b)
+            wanted = [given @ b, (given @ b).tanh() @ b.T, 2 * (given @ b).T]
+            assert [x.stride() for x in found[:2]] == [x.stride() for x in wanted[:2]]
+            for x, y in zip(found, wanted, strict=True):
+                assert torch.allclose(x, y, rtol=1e-13, atol=1e-13)

@@ -27,7 +27,7 @@ _STRATEGIES: dict[str, Callable[[], Any]] = {
 
 _TIERS: dict[str, tuple[str, ...]] = {
     "eager": tuple(_STRATEGIES),
-    "step": ("symplectic-stages", "symplectic-graph"),
+    "step": ("symplectic-stages",),
     "loop": ("symplectic-stages", "symplectic-steps", "symplectic-graph"),
 }
 

@@ -179,7 +179,10 @@ def solve(
 
 def default_controller(stepper: Stepper) -> Controller:
     """The controller of a method where none is asked for."""
-    return FixedGrid() if stepper.error_order is None else Adaptive()
+    return FixedGrid() if stepper.error_order is None else _ADAPTIVE
+
+
+_ADAPTIVE = Adaptive()
 
 
 def default_gradient(method: str | Stepper | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +51,9 @@ class Problem:
             ArgumentError: The state is not finite, or ``t`` is not a strictly monotone 1-D
                 sequence of at least two finite times.
         """
-        bad = (~torch.isfinite(flat.detach())).reshape(-1).nonzero()
-        if len(bad):
+        finite = torch.isfinite(flat.detach())
+        if not bool(finite.all()):
+            bad = (~finite).reshape(-1).nonzero()
             raise ArgumentError(
                 f"y0 holds {len(bad)} non-finite value(s), the first at "
                 f"{spec.locate(int(bad[0]))}; clean the initial state"
@@ -88,18 +91,18 @@ def _times(t: Any, endless: bool) -> Tensor:
             f"{tuple(times.shape)}"
         )
     times = times.to("cpu", torch.float64)
-    values = times.detach()
-    needed = values[:-1] if endless and not bool(values[-1:].isnan()) else values
-    if not bool(torch.isfinite(needed).all()):
-        where = int((~torch.isfinite(needed)).nonzero()[0])
-        raise ArgumentError(f"t[{where}] = {float(values[where])} is not finite; remove it")
-    gaps = values.diff()
-    wrong = ((gaps * gaps.sum().sign()) <= 0).nonzero()
-    if len(wrong):
-        i = int(wrong[0])
-        raise ArgumentError(
-            "t must be strictly increasing or strictly decreasing, but "
-            f"t[{i}] = {float(values[i])} and t[{i + 1}] = {float(values[i + 1])}; "
-            "sort it and remove duplicates, e.g. torch.unique(t)"
-        )
+    # Numbers, since they are few: operations on tensors would take longer than a step.
+    values: list[float] = times.tolist()
+    needed = values[:-1] if endless and not math.isnan(values[-1]) else values
+    for i, value in enumerate(needed):
+        if not math.isfinite(value):
+            raise ArgumentError(f"t[{i}] = {value} is not finite; remove it")
+    rises = values[-1] > values[0]
+    for i, (a, b) in enumerate(itertools.pairwise(values)):
+        if a == b or (a < b) != rises:
+            raise ArgumentError(
+                "t must be strictly increasing or strictly decreasing, but "
+                f"t[{i}] = {a} and t[{i + 1}] = {b}; sort it and remove duplicates, e.g. "
+                "torch.unique(t)"
+            )
     return times

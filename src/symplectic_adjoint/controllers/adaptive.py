@@ -165,12 +165,16 @@ class Adaptive:
             >>> Adaptive(jump_t=[0.7, 2.0, 0.2]).jumps(1.0, 0.0).tolist()
             [0.7, 0.2]
         """
+        if self.jump_t is None:
+            return no_times()
         times = _times("jump_t", self.jump_t)
         return times[(times.detach() - start) * (times.detach() - end) <= 0]
 
     def _stops(self, start: float, setting: Setting) -> list[float]:
         """Where steps have to end before the last one, in their order."""
-        given = {*_times("step_t", self.step_t).tolist(), *setting.jumps}
+        given = set(setting.jumps)
+        if self.step_t is not None:
+            given.update(_times("step_t", self.step_t).tolist())
         inside = [t for t in given if (t - start) * (t - setting.end) < 0]
         return sorted(inside, reverse=setting.direction < 0)
 

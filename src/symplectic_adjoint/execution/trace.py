@@ -25,7 +25,7 @@ from symplectic_adjoint._errors import CompilationError
 from symplectic_adjoint._tree import real_dtype
 from symplectic_adjoint.execution.lift import Graph
 from symplectic_adjoint.execution.partition import Halves, partition
-from symplectic_adjoint.execution.passes import SmallProducts, nbytes
+from symplectic_adjoint.execution.passes import Quicker, nbytes
 from symplectic_adjoint.field import Field, Pullback, Stage
 
 
@@ -109,7 +109,7 @@ def _compiled(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Input]
             # The code between the kernels gains nothing by the optimizations they need, and takes
             # most of the compiler's time with them.
             "cpp_wrapper_build_separate": True,
-            "post_grad_custom_post_pass": SmallProducts(),
+            "post_grad_custom_post_pass": Quicker(),
         }
         with inductor.patch(settings), tracing(TracingContext(mode)):
             call = compile_fx(module, fakes)
