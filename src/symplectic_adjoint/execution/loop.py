@@ -33,8 +33,11 @@ T = TypeVar("T")
 STEPS = 64
 """Steps in a record: the more, the fewer calls; the fewer, the less memory lies idle."""
 
-BYTES = 2**24
+BYTES = 2**22
 """A record of large states is shorter, so that it takes no more than about this."""
+
+RESIDUALS = 2**24
+"""The same where residuals are kept, of which there is much for little work."""
 
 
 @dataclass
@@ -78,7 +81,9 @@ class Program:
             linear = traced.linear if keeps == "residuals" else None
             method = Method(traced, stepper, dense, keeps != "states", linear)
             one = method.records(y0, tensors, 1)
-            graph.programs[key] = Program(method, _capacity(sum(x.nbytes for x in one.tensors)))
+            most = BYTES if linear is None else RESIDUALS
+            size = sum(x.nbytes for x in one.tensors)
+            graph.programs[key] = Program(method, _capacity(size, most))
         program: Program = graph.programs[key]
         return program
 
@@ -110,10 +115,10 @@ def _traced(graph: Graph, y0: Tensor, tensors: Sequence[Tensor], wanted: Sequenc
     return traced
 
 
-def _capacity(size: int) -> int:
+def _capacity(size: int, most: int) -> int:
     """A power of two, so that growing sizes do not each mean another graph."""
     steps = STEPS
-    while steps > 4 and steps * size > BYTES:
+    while steps > 4 and steps * size > most:
         steps //= 2
     return steps
 
