@@ -255,9 +255,10 @@ of a table run one after the other in one process, each round beginning one peer
 **ratio** beside it is the median of the ratios to {BASELINE} within the rounds, which slow changes
 of the machine do not touch. **A step** is the time divided by the accepted steps, with its ratio:
 peers choose different steps at the same tolerance. **Cores** is the processor time of all rounds
-in their whole time: where PyTorch was held to one thread, XLA was, too. A dash stands where this
-was not measured; there XLA had all cores. **Compile** is by how much the first run of what is
-compiled took longer than later ones, with empty caches. It counts in no other column.
+in their whole time: where PyTorch was held to one thread, XLA was, too; below one, other processes
+were at work. A dash stands where this was not measured; there XLA had all cores. **Compile** is by
+how much the first run of what is compiled took longer than later ones, with empty caches. It counts
+in no other column.
 
 **Peak** is the largest number of bytes that tensors held at one time during forward and backward,
 above what was live before: the allocator's own events, read by `symplectic_adjoint.peak_memory`.
