@@ -30,10 +30,12 @@ QUICK = tuple(name for name in METHODS if name not in IMPLICIT)
 def variants(strategy: Strategy) -> Iterator[Strategy]:
     """The strategy itself, and one for each other value of each of its enumerated options."""
     yield strategy
+    stepper = steppers.get(strategy.method or "dopri5")
     hints = typing.get_type_hints(type(strategy))
     for option in dataclasses.fields(strategy):  # type: ignore[arg-type]
         for value in _choices(hints[option.name]):
-            if value != getattr(strategy, option.name):
+            # The value that an option takes where it is left open is no other one.
+            if value != getattr(strategy.fitted(stepper), option.name):
                 yield dataclasses.replace(strategy, **{option.name: value})  # type: ignore[type-var]
 
 
