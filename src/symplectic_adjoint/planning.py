@@ -414,16 +414,15 @@ def _scheduled(
     held = _Held(_bytes(state, slopes, ledger.most))
     sizes = Sizes(*(ENTRY + x for x in held.bytes))
     graphs = held.bytes[What.GRAPH] - state if len(held.bytes) > What.GRAPH else 0
-    ledger.settle(ledger.plan, 0, 0, 0)
+    ledger.allot(0, 0, 0)
     keeping = 0 < 2 * graphs <= ledger.plan.capacity
     peak = 0
     for n in range(steps):
-        ledger.settle(ledger.plan, n + 1, 0, sizes.state)
         if keeping:
-            ledger.plan.capacity = max(ledger.plan.capacity - graphs, sizes.state)
             peak = max(peak, held.now + graphs)
         else:
-            sizes = sizes._replace(graph=None)
+            graphs, sizes = 0, sizes._replace(graph=None)
+        ledger.allot(n + 1, sizes.state, graphs)
         for action in ledger.plan.took(n, sizes):
             held.follow(action)
         keeping = keeping and held.what.get(n) == What.GRAPH

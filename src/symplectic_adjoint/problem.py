@@ -58,8 +58,7 @@ class Problem:
                 f"y0 holds {len(bad)} non-finite value(s), the first at "
                 f"{spec.locate(int(bad[0]))}; clean the initial state"
             )
-        times_tensor = _times(t, endless)
-        return Problem(flat, times_tensor, tuple(times_tensor.tolist()), spec)
+        return Problem(flat, *_times(t, endless), spec)
 
 
 def flat_func(func: Func, spec: StateSpec, args: Sequence[Any]) -> FlatFunc:
@@ -81,7 +80,8 @@ def as_times(t: Any) -> Tensor:
         raise ArgumentError(f"t = {t!r} must be a 1-D tensor or list of times") from error
 
 
-def _times(t: Any, endless: bool) -> Tensor:
+def _times(t: Any, endless: bool) -> tuple[Tensor, tuple[float, ...]]:
+    """A caller's times as ``Problem`` has them, as a tensor and as numbers."""
     times = as_times(t)
     if times.is_complex() or times.dtype == torch.bool:
         raise ArgumentError(f"t has dtype {times.dtype}; give real times, e.g. t.double()")
@@ -92,7 +92,7 @@ def _times(t: Any, endless: bool) -> Tensor:
         )
     times = times.to("cpu", torch.float64)
     # Numbers, since they are few: operations on tensors would take longer than a step.
-    values: list[float] = times.tolist()
+    values = tuple(times.tolist())
     needed = values[:-1] if endless and not math.isnan(values[-1]) else values
     for i, value in enumerate(needed):
         if not math.isfinite(value):
@@ -105,4 +105,4 @@ def _times(t: Any, endless: bool) -> Tensor:
                 f"t[{i}] = {a} and t[{i + 1}] = {b}; sort it and remove duplicates, e.g. "
                 "torch.unique(t)"
             )
-    return times
+    return times, values

@@ -172,9 +172,7 @@ class Adaptive:
 
     def _stops(self, start: float, setting: Setting) -> list[float]:
         """Where steps have to end before the last one, in their order."""
-        given = set(setting.jumps)
-        if self.step_t is not None:
-            given.update(_times("step_t", self.step_t).tolist())
+        given = {*_times("step_t", self.step_t).tolist(), *setting.jumps}
         inside = [t for t in given if (t - start) * (t - setting.end) < 0]
         return sorted(inside, reverse=setting.direction < 0)
 

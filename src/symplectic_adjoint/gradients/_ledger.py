@@ -142,9 +142,7 @@ class Ledger(Sequence[Record]):
             self.traces += sum(map(_token_bytes, stages.tokens))
         if end is not None:
             self.cut(n, end)
-        self.settle(self.plan, n + 1, self.traces, sizes.state)
-        if self._in_flight:
-            self.plan.capacity = max(self.plan.capacity - self._in_flight, sizes.state)
+        self.allot(n + 1, sizes.state, self._in_flight)
         graphs = [stage.graph for stage in self.stepper.stages(step)]
         for action in self.plan.took(n, sizes):
             if isinstance(action, Keep) and action.what == What.GRAPH:
@@ -155,6 +153,18 @@ class Ledger(Sequence[Record]):
             for stage in self.stepper.stages(step):
                 stage.graph = None
         self.steps = n + 1
+
+    def allot(self, steps: int, state: int, in_flight: int) -> None:
+        """Leave to the plan its room, less that of the graphs of the step at hand.
+
+        Args:
+            steps: How many steps were taken.
+            state: Room for a state.
+            in_flight: Bytes of those graphs.
+        """
+        self.settle(self.plan, steps, self.traces, state)
+        if in_flight:
+            self.plan.capacity = max(self.plan.capacity - in_flight, state)
 
     def found(self, n: int, state: Saved, sizes: Sizes) -> None:
         """Begin with the state at the start of step ``n`` of a solve that goes on.
