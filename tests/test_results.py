@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
 import pytest
+from matplotlib.font_manager import findfont, fontManager
 
+from symplectic_adjoint.experiments import plots
 from symplectic_adjoint.experiments.book import PAGES, NoResultsError, read_book, write_book
 from symplectic_adjoint.experiments.config import strategy
 from symplectic_adjoint.experiments.costs import CostsStudy
@@ -93,3 +97,16 @@ def test_stand_ins_are_named_in_every_table_that_holds_them() -> None:
 def test_where_there_are_no_results_it_is_said_what_makes_them(tmp_path: Path) -> None:
     with pytest.raises(NoResultsError, match="reproduce all --pages"):
         read_book(tmp_path)
+
+
+def test_figures_take_the_fonts_that_come_with_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundled = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    machines = shutil.copy(bundled / "DejaVuSans.ttf", tmp_path)
+    monkeypatch.setattr(fontManager, "ttflist", [])
+    fontManager.addfont(machines)
+    assert findfont("DejaVu Sans") == machines
+    plots._prefer_bundled_fonts.cache_clear()
+    with plots.style():
+        assert findfont("DejaVu Sans") == str(bundled / "DejaVuSans.ttf")

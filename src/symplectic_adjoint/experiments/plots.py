@@ -1,4 +1,4 @@
-"""Figures of a comparison, drawn without touching matplotlib's global state."""
+"""Figures of a comparison; of matplotlib's global state only the order of its fonts is touched."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -14,6 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from symplectic_adjoint.datasets import Dataset
@@ -83,8 +86,19 @@ def figures(
 
 def style() -> AbstractContextManager[None]:
     """The settings that all figures share, for the time of a with block."""
+    _prefer_bundled_fonts()
     context: AbstractContextManager[None] = matplotlib.rc_context(_RC)
     return context
+
+
+@cache
+def _prefer_bundled_fonts() -> None:
+    # A machine's own DejaVu numbers its glyphs otherwise, and Matplotlib's list of fonts, which is
+    # kept between processes, may lack the bundled ones: a figure would depend on the machine.
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    for path in sorted(folder.glob("*.ttf")):
+        fontManager.addfont(path)
+    fontManager.ttflist.sort(key=lambda font: not Path(font.fname).is_relative_to(folder))
 
 
 def png(figure: Figure) -> bytes:

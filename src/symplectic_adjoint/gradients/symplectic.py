@@ -72,7 +72,7 @@ class Symplectic(Strategy):
         >>> import symplectic_adjoint as sa
         >>> y0 = torch.ones(1000, requires_grad=True)
         >>> grid = sa.FixedGrid(step_size=1e-3)
-        >>> small = sa.Symplectic(memory="300KB")  # where 1000 steps have 4 MB of states
+        >>> small = sa.Symplectic(memory="400KB")  # where 1000 steps have 4 MB of states
         >>> sol = sa.solve(lambda t, y: -y, y0, [0, 1], controller=grid, gradient=small)
         >>> (gradient,) = torch.autograd.grad(sol.y[-1].sum(), y0)
         >>> gradient[0], sol.stats.backward_retaken < 2000
