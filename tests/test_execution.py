@@ -399,6 +399,23 @@ def test_errors_are_those_of_the_eager_tier(tier: str) -> None:
     assert str(compiled) == str(eager)
 
 
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("throw", [True, False])
+def test_a_start_that_is_not_finite_is_told_as_by_the_eager_tier(tier: str, throw: bool) -> None:
+    def solve(execution: str) -> tuple[str, sa.Solution]:
+        y0, options = state(), {"throw": throw, **OPTIONS}
+        try:
+            found = sa.solve(lambda t, y: y / t, y0, [0.0, 1.0], execution=execution, **options)
+        except sa.NonFiniteError as error:
+            return str(error), error.solution
+        return found.message, found
+
+    compiled, eager = solve(tier), solve("eager")
+    assert compiled[0] == eager[0] != ""
+    assert compiled[1].status is eager[1].status is sa.Status.NON_FINITE
+    assert torch.equal(compiled[1].y, eager[1].y)
+
+
 class Counting(nn.Module):
     """Counts its evaluations, which a compiled loop would not."""
 

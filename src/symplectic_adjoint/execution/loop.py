@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from symplectic_adjoint._errors import NonFiniteError
 from symplectic_adjoint._tree import real_dtype
-from symplectic_adjoint.controllers import AdaptivePace, Setting
+from symplectic_adjoint.controllers import Adaptive, Setting
 from symplectic_adjoint.execution import Stuck
 from symplectic_adjoint.execution.forward import (
     Constants,
@@ -23,10 +24,11 @@ from symplectic_adjoint.execution.forward import (
 )
 from symplectic_adjoint.execution.lift import Graph
 from symplectic_adjoint.execution.reverse import Cotangents, reverse_loop
-from symplectic_adjoint.execution.trace import Traced
+from symplectic_adjoint.execution.trace import Traced, TracedField
 from symplectic_adjoint.loop import Outputs, OutputTimes, Run
 from symplectic_adjoint.steppers import ExplicitRK
 from symplectic_adjoint.steppers._base import centred_powers
+from symplectic_adjoint.steppers.explicit_rk import RKState
 
 T = TypeVar("T")
 
@@ -98,13 +100,9 @@ class Program:
         """Room for as many steps as one call takes."""
         return self.method.records(y, tensors, self.capacity)
 
-    def slope(self, t: float, y: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The slope at a point, and its residuals where they are kept."""
-        time, method = torch.full((), t, dtype=real_dtype(y), device=y.device), self.method
-        if method.linear is None:
-            return method.traced.value(time, y, *tensors), []
-        k, *residuals = method.linear.linearize(time, y, *tensors)
-        return k, residuals
+    def field(self, y: Tensor, tensors: Sequence[Tensor]) -> TracedField:
+        """``func``, evaluated operation by operation, for what comes before the loop."""
+        return TracedField(self.method.traced, y, tensors, self.method.linear)
 
 
 def _traced(graph: Graph, y0: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Traced:
@@ -142,34 +140,40 @@ class Chunk:
 
 def adaptive(
     program: Program,
-    pace: AdaptivePace,
+    controller: Adaptive,
     setting: Setting,
-    start: tuple[float, Tensor, Tensor, Sequence[Tensor]],
+    start: tuple[float, Tensor],
     tensors: Sequence[Tensor],
 ) -> Iterator[Chunk]:
     """Solve adaptively.
 
     Args:
         program: What to run.
-        pace: The controller, which has chosen the first step size.
+        controller: Chooses the step sizes.
         setting: Where to stop, and the tolerances.
-        start: Time, state, and slope there with its residuals.
+        start: Time and state.
         tensors: What ``func`` depends on.
 
     Yields:
         One record of steps after the other.
 
     Raises:
-        Stuck: The end cannot be reached.
+        Stuck: The end cannot be reached, or the slope at the start is not finite.
     """
-    t, y, k, residuals = start
-    controller = pace.controller
+    t, y = start
+    method, field = program.method, program.field(y, tensors)
+    state = method.stepper.begin(t, y)
+    try:
+        pace: Any = controller.begin(field, method.stepper, state, setting)
+    except NonFiniteError:
+        raise Stuck from None
+    carried, residuals = _begun(method, field, state, True)
     float64: Any = {"dtype": torch.float64, "device": y.device}
     constants = Constants.of(controller, setting.end, setting.direction, pace.error_order)
     vector = torch.tensor(constants, **float64)
     stops = torch.tensor([*pace.stops, setting.end], **float64)
     tolerances = pace.tolerances(y)
-    method, records = program.method, program.records(y, tensors)
+    records = program.records(y, tensors)
     norm = controller.norm or torch.linalg.vector_norm
     run = program.get(
         ("adaptive", norm, *(x.shape for x in tolerances)),
@@ -177,19 +181,19 @@ def adaptive(
     )
     others = (vector, stops, *tolerances, *tensors)
     now = Now(t, pace.h, 1.0, 1.0, 0.0, 0.0, 0.0)
-    carried = [y, k] if method.carries(True) else [y]
+    evaluations = field.evaluations
     while True:
         records.begin(now.t, carried[0], residuals)
         before = now.attempts
         out, *carried = run.call(torch.tensor(now, **float64), *carried, *others, *records.tensors)
         now = Now(*out.tolist())
         attempts = int(now.attempts - before)
-        yield Chunk(records, int(now.n), attempts, attempts * run.evaluations)
+        yield Chunk(records, int(now.n), attempts, evaluations + attempts * run.evaluations)
         if now.t == setting.end:
             return
         if now.n < program.capacity:
             raise Stuck
-        now = now._replace(n=0.0)
+        now, evaluations = now._replace(n=0.0), 0
         residuals = _handed(method, records, program.capacity, True)
         records = program.records(y, tensors)
 
@@ -201,10 +205,9 @@ def on_grid(
     method, capacity = program.method, program.capacity
     times = torch.tensor(grid, dtype=torch.float64, device=y.device)
     zero = torch.zeros((), dtype=torch.int64, device=y.device)
-    carried, residuals = [y], list[Tensor]()
-    if method.carries(False):
-        slope, residuals = program.slope(grid[0], y, tensors)
-        carried.append(slope)
+    field = program.field(y, tensors)
+    carried, residuals = _begun(method, field, method.stepper.begin(grid[0], y), False)
+    evaluations = field.evaluations
     for first in range(0, len(grid) - 1, capacity):
         records = program.records(y, tensors)
         part = times[first : first + capacity + 1]
@@ -214,7 +217,17 @@ def on_grid(
         _, *carried = run.call(zero, *carried, *others, *records.tensors)
         steps = len(part) - 1
         residuals = _handed(method, records, steps, False)
-        yield Chunk(records, steps, steps, steps * run.evaluations)
+        yield Chunk(records, steps, steps, evaluations + steps * run.evaluations)
+        evaluations = 0
+
+
+def _begun(
+    method: Method, field: TracedField, state: RKState, adaptive: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What the first step is handed: the state, and the slope there, if any, with its residuals."""
+    if not method.carries(adaptive):
+        return [state.y], []
+    return [state.y, method.stepper.slope(field, state)], state.node.graph or []
 
 
 def _handed(method: Method, records: Records, n: int, adaptive: bool) -> list[Tensor]:

@@ -295,14 +295,14 @@ def _record(job: Job) -> Recorded:
         field = DetachedField(bound, y0, aliases, None)
         whole = {"start": "points", "nothing": "states"}.get(keeps, keeps)
         program = Program.of(bound.graph, bound.all, stepper, y0, whole, _dense(job))
-        chunks = _chunks(job, program, field, y0)
+        chunks = _chunks(job, program, y0)
         recording = record(program, chunks, y0, times, keep=keeps not in ("start", "nothing"))
         _check_finite(recording)
     steps = len(recording.run.outputs)
     stats = Stats(
         accepted=steps,
         rejected=recording.attempts - steps,
-        evaluations=field.evaluations + recording.evaluations,
+        evaluations=recording.evaluations,
         compile_seconds=seconds_spent() - before,
     )
     run = recording.run
@@ -312,22 +312,13 @@ def _record(job: Job) -> Recorded:
     return Recorded(job, run, stats, field, tape, [])
 
 
-def _chunks(job: Job, program: Program, field: DetachedField, y0: Tensor) -> Iterator[Chunk]:
+def _chunks(job: Job, program: Program, y0: Tensor) -> Iterator[Chunk]:
     bound: Any = job.capture
     tensors = bound.inputs(bound.tensors)
-    setting, stepper, t0 = job.setting, job.stepper, job.problem.times[0]
     if job.grid is not None:
-        return on_grid(program, setting.grid, y0, tensors)
-    state = stepper.begin(t0, y0)
-    residuals = list[Tensor]()
-    carries = program.method.carries(True)
-    if carries and program.method.linear is not None:
-        state.node.k, residuals = program.slope(t0, y0, tensors)
-        field.evaluations += 1
-    with torch.enable_grad():  # func may differentiate inside itself
-        pace: Any = job.controller.begin(field, stepper, state, setting)
-        slope = stepper.slope(field, state) if carries else y0
-    return adaptive(program, pace, setting, (t0, y0, slope, residuals), tensors)
+        return on_grid(program, job.setting.grid, y0, tensors)
+    start = (job.problem.times[0], y0)
+    return adaptive(program, cast("Adaptive", job.controller), job.setting, start, tensors)
 
 
 def _dense(job: Job) -> bool:
