@@ -271,8 +271,8 @@ def theory(long: Long) -> dict[str, Any]:
 def million(rounds: int | None, quick: bool, report: Report) -> dict[str, Any]:
     """A million steps within 256 MiB, and the exactness of fewer of them."""
     # Less than the limit by what the heap holds beside it, however many the steps.
-    steps, limit = (2_000, 8 * MIB) if quick else (1_000_000, 256 * MIB)
-    memory = limit - 4 * MIB
+    steps, limit = (2_000, 12 * MIB) if quick else (1_000_000, 256 * MIB)
+    memory = limit - 8 * MIB
     prefix = Long(min(steps, 2_000), double=True)
     report(f"exactness of {prefix.steps} steps")
     _, everything = prefix.run()
