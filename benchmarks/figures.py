@@ -111,12 +111,13 @@ def budgets(title: str, points: Sequence[Mapping[str, Any]]) -> bytes:
         axes.plot(x, fewest, color="#777777", linewidth=1.0, label="by the fewest possible")
         for p in points:
             place = p["resident"], p["measured"]
-            axes.annotate(p["name"], place, (0, 8), textcoords="offset points")
+            side = "right" if p["resident"] == max(x) else "left"
+            axes.annotate(p["name"], place, (0, 8), textcoords="offset points", ha=side)
         axes.set_title(f"{title}: time against memory")
         axes.set_xlabel("growth of resident memory")
         axes.set_ylabel("forward and backward")
         axes.set_xscale("log")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.12 * max(measured))  # the label of the highest lies below the title
         axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(EngFormatter(unit="s"))
