@@ -7,12 +7,16 @@ spends most of its time so.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._inductor.codegen.cpp import CppOverrides, CppVecOverrides
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 aten = torch.ops.aten
@@ -27,7 +31,7 @@ Pair = tuple[fx.Node, fx.Node]
 
 
 class Quicker(CustomGraphPass):
-    """Fewer and simpler products, and a rational ``tanh``: run on each graph before its code."""
+    """Fewer and simpler products: run on each graph before its code."""
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite a graph in place."""
@@ -40,13 +44,10 @@ class Quicker(CustomGraphPass):
         for node in graph.find_nodes(op="call_function", target=aten.mm.default):
             if _on_cpu(node) and _is_narrow(_value(node)):
                 _turn(graph, node)
-        for node in graph.find_nodes(op="call_function", target=aten.tanh.default):
-            if _on_cpu(node) and _value(node).dtype == torch.float32:
-                _rational(graph, node)
 
     def uuid(self) -> str:
         """Names this version, for caches of compiled code."""
-        return "symplectic_adjoint.quicker.3"
+        return "symplectic_adjoint.quicker.4"
 
 
 def _split(graph: fx.Graph, node: fx.Node) -> None:
@@ -87,30 +88,53 @@ def _transposed(graph: fx.Graph, node: Any) -> fx.Node:
 # least squares), to which float32 adds its rounding: 4e-7 in all.
 _P = (1.335471729213722e-8, 2.0609123841112724e-5, 3.495590688381881e-3, 0.1338102779941799, 1.0)
 _Q = (7.776581531073415e-7, 3.285638984671164e-4, 2.587699195969825e-2, 0.4671434339175261, 1.0)
-_SATURATED = 9.0
+_SATURATED = 9
+
+# How code for scalars and for vectors is written, and there the lesser and the greater of two.
+_WRITERS: dict[Any, tuple[str, str]] = {
+    CppOverrides: ("min_propagate_nan", "max_propagate_nan"),
+    CppVecOverrides: ("at::vec::minimum", "at::vec::maximum"),
+}
+_writing = threading.RLock()
 
 
-def _rational(graph: fx.Graph, node: fx.Node) -> None:
-    """``tanh`` in float32 as a quotient of polynomials, which the compiler makes vectors of."""
+@contextlib.contextmanager
+def rational_tanh() -> Generator[None]:
+    """Let the compiler write ``tanh`` in float32 on the CPU as a quotient of polynomials.
 
-    def op(target: Any, *args: Any) -> fx.Node:
-        return _like(graph, node, target, args)
+    In C++ and not in the graph, where its thirty operations would each be read, analysed and
+    written several times over. Only for the thread that asks.
+    """
+    with _writing:
+        before = {writer: writer.__dict__["tanh"] for writer in _WRITERS}
+        for writer, bounds in _WRITERS.items():
+            writer.tanh = staticmethod(_quotient(writer.tanh, *bounds))
+        try:
+            yield
+        finally:
+            for writer, tanh in before.items():
+                writer.tanh = tanh
 
-    def polynomial(x: fx.Node, first: float, *others: float) -> Any:
-        total: Any = first
-        for coefficient in others:
-            total = op(aten.add.Tensor, op(aten.mul.Tensor, x, total), coefficient)
-        return total
 
-    with graph.inserting_before(node):
-        x = op(aten.clamp_min.default, node.args[0], -_SATURATED)
-        x = op(aten.clamp_max.default, x, _SATURATED)
-        square = op(aten.mul.Tensor, x, x)
-        over = op(aten.mul.Tensor, x, polynomial(square, *_P))
-        quotient = op(aten.div.Tensor, over, polynomial(square, *_Q))
-        result = op(aten.clamp_max.default, op(aten.clamp_min.default, quotient, -1.0), 1.0)
-    node.replace_all_uses_with(result)
-    graph.erase_node(node)
+def _quotient(tanh: Callable[[Any], str], least: str, greatest: str) -> Callable[[Any], str]:
+    """Writes what ``tanh`` would write, or in this thread and in float32 the quotient."""
+    asking = threading.get_ident()
+
+    def clamped(x: str, most: int) -> str:
+        return f"{least}({greatest}({x}, T(-{most})), T({most}))"
+
+    def polynomial(first: float, *others: float) -> str:
+        return functools.reduce(lambda total, c: f"({total} * s + T({c}))", others, f"T({first})")
+
+    quotient = clamped(f"y * {polynomial(*_P)} / {polynomial(*_Q)}", 1)
+    body = f"const T y = {clamped('x', _SATURATED)}; const T s = y * y; return {quotient};"
+
+    def write(x: Any) -> str:
+        if getattr(x, "dtype", None) != torch.float32 or threading.get_ident() != asking:
+            return tanh(x)
+        return f"[](auto x) {{ using T = decltype(x); {body} }}({x})"
+
+    return write
 
 
 def _merge(graph: fx.Graph, node: fx.Node) -> None:

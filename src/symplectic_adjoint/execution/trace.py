@@ -25,7 +25,7 @@ from symplectic_adjoint._errors import CompilationError
 from symplectic_adjoint._tree import real_dtype
 from symplectic_adjoint.execution.lift import Graph
 from symplectic_adjoint.execution.partition import Halves, partition
-from symplectic_adjoint.execution.passes import Quicker, nbytes
+from symplectic_adjoint.execution.passes import Quicker, nbytes, rational_tanh
 from symplectic_adjoint.field import Field, Pullback, Stage
 
 
@@ -111,7 +111,7 @@ def _compiled(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Input]
             "cpp_wrapper_build_separate": True,
             "post_grad_custom_post_pass": Quicker(),
         }
-        with inductor.patch(settings), tracing(TracingContext(mode)):
+        with inductor.patch(settings), rational_tanh(), tracing(TracingContext(mode)):
             call = compile_fx(module, fakes)
     _refuse_fixed(mode)
     return call
