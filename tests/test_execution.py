@@ -10,15 +10,18 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.codegen.cpp import CppVecOverrides
 
 import symplectic_adjoint as sa
 from symplectic_adjoint.execution import forward
 from symplectic_adjoint.execution.lift import lift
+from symplectic_adjoint.execution.passes import rational_tanh
 from symplectic_adjoint.execution.trace import Input, compiled
 from symplectic_adjoint.gradients import Strategy
 from symplectic_adjoint.models.cnf import CNF, SolverOptions
@@ -691,6 +694,20 @@ def test_tanh_in_float32_is_accurate_to_rounding_and_that_of_torch_in_float64() 
         assert found[-4:].tolist()[:2] == [1.0, -1.0]
         assert math.isnan(found[-2])
         assert float(found[-1]) == 0.0
+
+
+def test_tanh_of_other_threads_and_after_compiling_is_the_compilers_own() -> None:
+    class Name(str):
+        dtype = torch.float32
+
+    def written() -> str:
+        return str(CppVecOverrides.tanh(Name("x")))
+
+    own = written()
+    with rational_tanh(), ThreadPoolExecutor(1) as pool:
+        assert written() != own
+        assert pool.submit(written).result() == own
+    assert written() == own
 
 
 @pytest.mark.parametrize(
