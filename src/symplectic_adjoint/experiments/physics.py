@@ -75,12 +75,12 @@ class PhysicsStudy:
     strategies: tuple[str, ...] = ("backprop", "checkpoint", "aca", "symplectic", "continuous")
     methods: tuple[str, ...] = ("dopri5",)
     models: tuple[str, ...] = ("energy",)
-    iterations: int = 150
+    iterations: int = 120
     batch: int = 10
     width: int = 32
     trajectories: int = 10
     snapshots: int = 21
-    horizon: int = 41
+    horizon: int = 31
     learning_rate: float = 2e-2
     tolerance: float = 1e-5
     substeps: int = 4
