@@ -59,6 +59,7 @@ def _memory(found: dict[str, Any], table: Table, heading: str) -> list[str]:
         conditions(found),
         f"Forward and backward, medians of {found['rounds']} interleaved rounds.",
         table(("kept", "time", "against", "ratio", "at most", ""), list(map(_ratio, _each(found)))),
+        _EAGER,
         heading.format("The peak within a budget"),
         table(
             ("budget", "peak", "budget and an evaluation", "steps retaken", ""),
@@ -185,6 +186,11 @@ def _million(found: dict[str, Any], table: Table, heading: str) -> list[str]:
 def _met(holds: bool) -> str:
     return "met" if holds else "missed"
 
+
+_EAGER = """\
+In eager mode a stage is a call of autograd's engine and some lines of Python here, where plain
+backpropagation calls the engine once for the whole solve; under a budget the books of each step
+come on top. Compiled code has neither."""
 
 _INTRODUCTION = """\
 <!-- Written by `python -m benchmarks memory|curve|million --write-docs`; text in
