@@ -46,7 +46,7 @@ class Quicker(CustomGraphPass):
                 _turn(graph, node)
 
     def uuid(self) -> str:
-        """Names this version, for caches of compiled code."""
+        """Names this version, and that of ``rational_tanh``, for caches of compiled code."""
         return "symplectic_adjoint.quicker.4"
 
 

@@ -291,7 +291,7 @@ def _record(job: Job) -> Recorded:
     times = output_times(job, problem.t.detach())
     keeps: Any = job.strategy.keeps if job.wants_grad else "nothing"
     aliases = detached(bound.tensors)
-    with limited(job.threads), torch.no_grad(), bound.substituted(aliases):
+    with limited(job.threads), torch.no_grad():
         field = DetachedField(bound, y0, aliases, None)
         whole = {"start": "points", "nothing": "states"}.get(keeps, keeps)
         program = Program.of(bound.graph, bound.all, stepper, y0, whole, _dense(job))
